@@ -1,0 +1,57 @@
+"""loramix: one frozen language model, good at many domains at once, by mixtures of LoRA experts.
+
+`import loramix` makes its methods known to PEFT. The names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from loramix.on_import import register_with_peft
+
+if TYPE_CHECKING:
+    from loramix.errors import ConfigError, DataError, LoramixError, ModelError
+    from loramix.methods import METHODS, Method
+    from loramix.models import load_base
+    from loramix.routing import Routing
+    from loramix.tuner import LoramixConfig, LoramixModel, Route
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConfigError": "loramix.errors",
+    "DataError": "loramix.errors",
+    "LoramixConfig": "loramix.tuner",
+    "LoramixError": "loramix.errors",
+    "LoramixModel": "loramix.tuner",
+    "METHODS": "loramix.methods",
+    "Method": "loramix.methods",
+    "ModelError": "loramix.errors",
+    "Route": "loramix.tuner",
+    "Routing": "loramix.routing",
+    "load_base": "loramix.models",
+}
+
+__all__ = [
+    "METHODS",
+    "ConfigError",
+    "DataError",
+    "LoramixConfig",
+    "LoramixError",
+    "LoramixModel",
+    "Method",
+    "ModelError",
+    "Route",
+    "Routing",
+    "load_base",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loramix' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+register_with_peft()

@@ -1,0 +1,142 @@
+"""The routing decision as a value, and the context that carries it through one forward.
+
+Legend of shapes, used in all of loramix:
+    B batch (sequences)   T sequence length   N = B * T tokens   S places where a decision is made (B or N)
+    I in features         O out features      R rank             E experts
+    K experts chosen      V vocabulary
+
+Nothing here is global: the context is a plain object that the adapted layers of one model share. A plain holder, and
+not a contextvar, because contextvars break `torch.compile` graphs; a dict by scope, and not a list, because under
+activation checkpointing a layer runs twice and a list would hold its routing twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Level = Literal["sequence", "token"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided.
+
+    Attributes:
+        ids: chosen experts, int64 (S, K).
+        weights: their weights, (S, K).
+        logits: the router's raw scores in fp32, (S, E); None where the decision was carried over or pinned
+            and the router did not run.
+        level: "sequence" (S = B, one decision for all tokens of a row) or "token" (S = N).
+        mask: which of the S decisions count in losses and statistics, bool (S,).
+    """
+
+    ids: Tensor
+    weights: Tensor
+    logits: Tensor | None
+    level: Level
+    mask: Tensor
+
+    def gates(self, num_experts: int) -> Tensor:
+        """Returns the dense weights (S, E): `weights` at `ids`, zero elsewhere."""
+        dense = self.weights.new_zeros(self.ids.shape[0], num_experts)
+        return dense.scatter_add(1, self.ids, self.weights)
+
+    def expanded(self, rows: int) -> Routing:
+        """Returns the same decisions for `rows` rows, each repeated in place (beams follow their prompt)."""
+        have = self.ids.shape[0]
+        if rows == have:
+            return self
+        times = copies_per_row(have, rows)
+        return replace(
+            self,
+            ids=self.ids.repeat_interleave(times, 0),
+            weights=self.weights.repeat_interleave(times, 0),
+            logits=None if self.logits is None else self.logits.repeat_interleave(times, 0),
+            mask=self.mask.repeat_interleave(times, 0),
+        )
+
+
+def copies_per_row(have: int, rows: int) -> int:
+    """Returns how often each of `have` rows occurs among `rows` (beam search multiplies rows).
+
+    Raises:
+        ValueError: `rows` is no multiple of `have`.
+    """
+    if have == 0 or rows % have:
+        raise ValueError(
+            f"the routing was settled for {have} rows, but the model is run on {rows}. Expected the same number, or a "
+            "multiple of it (beams). Route these rows anew, or pass one expert for each of them."
+        )
+    return rows // have
+
+
+@dataclass
+class Call:
+    """What one forward of the model is told, and what its routers recorded.
+
+    Attributes:
+        mask_BT: real tokens of this forward's input, bool (B, T).
+        prompt_mask_BT: tokens a sequence router may read, bool (B, T); never the response.
+        expert_ids_B: the expert of each row if it is settled (label, pin or decision), int64 (B,); else None.
+        carried: routings of the prefill, by scope, for the decode steps that follow it.
+        base_only: this forward reads the prompt with the base alone: routers take in what they see, experts rest.
+        stop_after: the scope after whose router the forward is abandoned (reading a prompt); None for a whole forward.
+        pooled: by scope, what a router took in while the base read the prompt, (B, I).
+        routings: by scope, in forward order: what each router decided.
+    """
+
+    mask_BT: Tensor
+    prompt_mask_BT: Tensor
+    expert_ids_B: Tensor | None = None
+    carried: dict[str, Routing] = field(default_factory=dict)
+    base_only: bool = False
+    stop_after: str | None = None
+    pooled: dict[str, Tensor] = field(default_factory=dict)
+    routings: dict[str, Routing] = field(default_factory=dict)
+
+    def snapshot(self) -> Call:
+        """Returns a copy with its own dict, so that a recomputed layer neither sees nor changes later records."""
+        return replace(self, routings=dict(self.routings))
+
+
+class PromptRead(Exception):
+    """Ends a forward that was only run to read the prompt; caught by whoever started it."""
+
+
+class RoutingContext:
+    """The holder that all adapted layers of one model share: the current `Call`."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+
+    def current(self) -> Call:
+        """Returns the open call.
+
+        Raises:
+            RuntimeError: an adapted layer ran outside a forward of the model that owns it.
+        """
+        if self.call is None:
+            raise RuntimeError(
+                "an adapted layer ran outside a forward of its model, so there is no prompt to route by. "
+                "Call the whole model (the object given to get_peft_model), not one of its inner modules."
+            )
+        return self.call
+
+    def passed(self, scope: str) -> None:
+        """Called when the router of `scope` is done; ends the forward if nothing further is wanted.
+
+        Raises:
+            PromptRead: this was the last router to be asked.
+        """
+        if self.current().stop_after == scope:
+            raise PromptRead(scope)
+
+
+def last_true(mask_BT: Tensor) -> Tensor:
+    """Returns the position of the last True of each row, int64 (B,); 0 for a row without any."""
+    positions = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    return (mask_BT * positions).amax(dim=1)

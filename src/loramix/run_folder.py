@@ -1,0 +1,98 @@
+"""What lies where in a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loramix.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run.
+
+    config.yaml       the settings as they were resolved
+    environment.json  versions and machine
+    log.jsonl         one line per log entry of every stage
+    data.json         rows, tokens and what the length limit cut, by domain
+    experts/NAME/     stage 1: each expert alone (the single LoRA)
+    longer/NAME/      control: the same, trained as long as stage 2
+    mixed/            control: one LoRA on all domains
+    model/            the method's adapter, loadable by PEFT
+    results.json      what was measured
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def mixed(self) -> Path:
+        return self.path / "mixed"
+
+    def expert(self, name: str) -> Path:
+        return self.path / "experts" / name
+
+    def longer(self, name: str) -> Path:
+        return self.path / "longer" / name
+
+    def create(self) -> None:
+        """Makes the folder.
+
+        Raises:
+            ConfigError: it holds a run already, or cannot be made.
+        """
+        if self.config.exists() or self.log.exists():
+            raise ConfigError(
+                f"output_dir = {str(self.path)!r} holds a run already. Name another folder, or remove this one."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir = {str(self.path)!r} cannot be made ({error.strerror}).") from error
+
+    @staticmethod
+    def opened(path: str | Path) -> RunFolder:
+        """Returns a finished run's folder.
+
+        Raises:
+            ConfigError: there is no run.
+        """
+        run = RunFolder(Path(path))
+        if not run.config.is_file():
+            raise ConfigError(
+                f"{path}: no run here (config.yaml is missing). Expected the output_dir of `loramix train`."
+            )
+        return run
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON with sorted keys left as given, readable by people; the file appears whole or not at all."""
+    making = path.with_name(path.name + ".making")
+    making.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    making.replace(path)
