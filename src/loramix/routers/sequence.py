@@ -1,0 +1,130 @@
+"""The sequence router of MoA: one decision for a whole sequence, taught by the domain label.
+
+Feng et al., Mixture-of-LoRAs, LREC-COLING 2024, section 3: a two-layer MLP per transformer layer; in training the
+label's expert is active in every layer and the routers learn the label by cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loramix.routing import Call, Level, Routing, last_true
+
+POOLINGS = ("last", "mean")
+READS = ("base", "experts")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceRouterConfig:
+    """Choices of a sequence router. The paper leaves `pooling`, `activation` and the bias open."""
+
+    kind: str = "sequence"
+    pooling: str = "last"
+    """"last": the hidden state of the last prompt token; "mean": the mean over the prompt's tokens."""
+    hidden_size: int | None = None
+    """Width of the hidden layer; None = number of experts (which gives the paper's 1.05 M parameters)."""
+    activation: str = "tanh"
+    reads: str = "base"
+    """What the prompt is read with. "experts": the running model, as the paper's text has it; in training the label's
+    expert is active below each router, which can then recognise the expert instead of the domain. "base": the base
+    alone, in training and at inference; nothing gives the label away (docs/decisions/0003-what-the-router-reads.md)."""
+
+    @property
+    def level(self) -> Level:
+        return "sequence"
+
+    @property
+    def reads_base(self) -> bool:
+        return self.reads == "base"
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.pooling not in POOLINGS:
+            found.append(f"router.pooling = {self.pooling!r}: expected one of {', '.join(POOLINGS)}.")
+        if self.reads not in READS:
+            found.append(f"router.reads = {self.reads!r}: expected one of {', '.join(READS)}.")
+        if self.activation not in ACTIVATIONS:
+            found.append(f"router.activation = {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}.")
+        if self.hidden_size is not None and self.hidden_size < 1:
+            found.append(f"router.hidden_size = {self.hidden_size}: expected at least 1, or null for one per expert.")
+        return found
+
+    def build(self, in_features: int, num_experts: int) -> SequenceRouter:
+        return SequenceRouter(self, in_features, num_experts)
+
+
+class SequenceRouter(nn.Module):
+    """Two-layer MLP without bias on one pooled prompt state: logits_BE = W2 act(W1 pool(x_BTI)).
+
+    Parameters: I * H + H * E, with H = E by default (4096 -> 8 -> 8 in 32 layers is 1,050,624).
+    """
+
+    def __init__(self, config: SequenceRouterConfig, in_features: int, num_experts: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        hidden = config.hidden_size or num_experts
+        # Plain parameters, not nn.Linear: transformers re-initialises nn.Linear modules that it finds unloaded.
+        self.w_in_HI = nn.Parameter(torch.empty(hidden, in_features))
+        self.w_out_EH = nn.Parameter(torch.empty(num_experts, hidden))
+        for weight in (self.w_in_HI, self.w_out_EH):
+            if not weight.is_meta:
+                nn.init.kaiming_uniform_(weight, a=5**0.5)
+
+    def pool(self, x_BTI: Tensor, prompt_mask_BT: Tensor) -> Tensor:
+        """Returns one state per sequence in fp32, (B, I), from prompt positions only."""
+        if self.config.pooling == "last":
+            rows = torch.arange(x_BTI.shape[0], device=x_BTI.device)
+            return x_BTI[rows, last_true(prompt_mask_BT)].float()
+        weights_BT = prompt_mask_BT.float()
+        summed_BI = torch.einsum("bt,bti->bi", weights_BT, x_BTI.float())
+        return summed_BI / weights_BT.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def logits(self, pooled_BI: Tensor) -> Tensor:
+        """Returns the scores in fp32, (B, E)."""
+        hidden_BH = ACTIVATIONS[self.config.activation](F.linear(pooled_BI, self.w_in_HI.float()))
+        return F.linear(hidden_BH, self.w_out_EH.float())
+
+    def decide(self, pooled_BI: Tensor, call: Call) -> Routing:
+        """Returns the routing of each sequence from its pooled prompt state, (B, I).
+
+        The expert is the settled one if the call has one (label, pin, decision), else the router's own first choice.
+        The weight is 1: the router is taught by its cross-entropy alone, as in the paper.
+        """
+        logits_BE = self.logits(pooled_BI)
+        chosen_B = logits_BE.argmax(dim=1) if call.expert_ids_B is None else call.expert_ids_B
+        return self._hard(chosen_B, logits_BE, call)
+
+    def forward(self, x_BTI: Tensor, call: Call, scope: str) -> Routing:
+        """Returns the routing of each sequence.
+
+        Args:
+            x_BTI: input of the first adapted module of the layer.
+            call: what this forward was told; its prompt mask says which positions may be read.
+            scope: name of the layer.
+        """
+        if scope in call.pooled:
+            return self.decide(call.pooled[scope], call)
+        if self.config.reads_base and call.expert_ids_B is not None:
+            return self._hard(call.expert_ids_B, None, call)
+        return self.decide(self.pool(x_BTI, call.prompt_mask_BT), call)
+
+    def _hard(self, chosen_B: Tensor, logits_BE: Tensor | None, call: Call) -> Routing:
+        return Routing(
+            ids=chosen_B[:, None],
+            weights=self.w_out_EH.new_ones(len(chosen_B), 1),
+            logits=logits_BE,
+            level="sequence",
+            mask=call.prompt_mask_BT.any(dim=1),
+        )
