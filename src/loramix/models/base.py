@@ -1,0 +1,92 @@
+"""Loads the frozen base and its tokenizer: built-in, local folder, GGUF file or Hub name."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loramix.cache import build_once, cache_dir
+from loramix.errors import ModelError
+from loramix.models.builtin import NAME, builtin_folder, convert_gguf
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def base_folder(name: str) -> str:
+    """Returns what transformers is to load for a base's name: a folder, or a Hub name.
+
+    Raises:
+        ModelError: it looks like a path and is not there, or is a folder without a model.
+    """
+    if name == NAME:
+        return str(builtin_folder())
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return str(_converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is a folder without config.json. Expected a saved transformers model.")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"model_name_or_path = {name!r}: no such folder. Expected a folder with config.json, a .gguf file, a Hub "
+            f"name such as {'Qwen/Qwen2.5-0.5B'!r}, or the built-in {NAME!r}."
+        )
+    return name
+
+
+def _converted(gguf: Path) -> Path:
+    if not gguf.is_file():
+        raise ModelError(f"model_name_or_path = {str(gguf)!r}: no such file. Expected an existing .gguf file.")
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    return build_once(cache_dir() / "models" / f"{gguf.stem}-{key}", lambda making: convert_gguf(gguf, making))
+
+
+def load_tokenizer(name: str = NAME) -> Any:
+    """Returns the base's tokenizer, with a padding token.
+
+    Raises:
+        ModelError: it cannot be found.
+    """
+    from transformers import AutoTokenizer
+
+    where = base_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(name, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(name: str = NAME, *, dtype: str = "float32") -> Any:
+    """Returns the frozen base in evaluation mode.
+
+    Args:
+        name: built-in name, folder, .gguf file or Hub name.
+        dtype: "float32", "bfloat16" or "float16". A CPU without bf16 instructions is 9 to 20 times slower in bf16.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where = base_folder(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(name, error)) from error
+    return model.requires_grad_(False).eval()
+
+
+def _not_found(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0]
+    return (
+        f"model_name_or_path = {name!r} could not be loaded: {first} Expected a folder with a saved model, a .gguf "
+        f"file, a Hub name that can be reached, or the built-in {NAME!r}."
+    )

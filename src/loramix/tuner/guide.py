@@ -1,0 +1,274 @@
+"""Tells each forward of a model how to route, before its layers run.
+
+One hook on the whole model serves every way in: PEFT, transformers' own `add_adapter`, Trainer, `generate`. It takes
+our private arguments out of the call (`domain_ids`, `prompt_mask`, `decision`), works out which tokens are prompt, and
+settles the experts of the sequences that begin here. Sequences that go on (decode steps on a filled cache) keep theirs:
+the cache was computed with those experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from loramix.errors import ConfigError
+from loramix.labels import IGNORED
+from loramix.routing import Call, PromptRead, Routing, RoutingContext, copies_per_row
+from loramix.tuner.checkpointing import CheckpointGuard
+from loramix.tuner.config import LoramixConfig
+from loramix.tuner.decisions import last_scope_needed, settle
+from loramix.tuner.layer import LoramixLinear
+from loramix.tuner.persistence import TransformersLoad
+
+_NAME = "loramix_guide"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One adapter as the guide sees it.
+
+    Attributes:
+        name: the adapter's name.
+        config: its settings.
+        layer: one of its adapted modules, which knows whether the adapter is active.
+        doors: scope -> the module its router sits at, in forward order; empty for a method that routes nothing.
+    """
+
+    name: str
+    config: LoramixConfig
+    layer: LoramixLinear
+    doors: dict[str, LoramixLinear]
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        return tuple(self.doors)
+
+    @property
+    def reads_base(self) -> bool:
+        router = self.config.router_config()
+        return router is not None and router.reads_base
+
+    @property
+    def active(self) -> bool:
+        return not self.layer.disable_adapters and self.name in self.layer.active_adapters
+
+
+class ForwardGuide:
+    """The hook and what it knows. One for each base model, whatever number of adapters is on it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.context = RoutingContext()
+        self.checkpoints = CheckpointGuard(model, self.context)
+        self.mixtures: dict[str, Mixture] = {}
+        self._settled: Tensor | dict[str, Routing] | None = None
+        self._reading = False
+        self._hook: RemovableHandle | None = None
+
+    @staticmethod
+    def of(model: nn.Module) -> ForwardGuide:
+        """Returns the guide of a base model; made and hooked up the first time."""
+        found = getattr(model, _NAME, None)
+        if isinstance(found, ForwardGuide):
+            return found
+        guide = ForwardGuide(model)
+        setattr(model, _NAME, guide)
+        guide._hook = model.register_forward_pre_hook(guide.before_forward, with_kwargs=True)
+        TransformersLoad(model).install()
+        return guide
+
+    def leave(self) -> None:
+        """Takes the hook and everything put on the model away; the base is as it was."""
+        if self._hook is not None:
+            self._hook.remove()
+        for name in (_NAME, CheckpointGuard.replaces, TransformersLoad.replaces):
+            self.model.__dict__.pop(name, None)
+
+    def add(self, mixture: Mixture) -> None:
+        """Takes in a new adapter."""
+        self.mixtures[mixture.name] = mixture
+        self.checkpoints.routes = self.checkpoints.routes or bool(mixture.doors)
+        self.checkpoints.install()
+
+    def active(self) -> Mixture | None:
+        """Returns the adapter that answers now, or None (disabled, deleted, or another PEFT method is active)."""
+        return next((mixture for mixture in self.mixtures.values() if mixture.active), None)
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Opens the call that the adapted layers will read. Registered as forward pre-hook of the base model."""
+        if self._reading:
+            return None
+        domain_ids = kwargs.pop("domain_ids", None)
+        prompt_mask = kwargs.pop("prompt_mask", None)
+        decision = kwargs.pop("decision", None)
+        mixture = self.active()
+        if mixture is None or not mixture.doors:
+            return args, kwargs
+        inputs = args[0] if args else kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs["inputs_embeds"]
+        rows, length = inputs.shape[:2]
+        mask_BT = _real_tokens(kwargs.get("attention_mask"), rows, length, inputs.device)
+        call = Call(mask_BT=mask_BT, prompt_mask_BT=_prompt_tokens(prompt_mask, kwargs.get("labels"), mask_BT))
+        previous, self.context.call = self.context.call, None
+        if domain_ids is not None:
+            call.expert_ids_B = _checked_ids(domain_ids, rows, mixture, inputs.device)
+            if module.training and mixture.reads_base:
+                self._read_base(inputs, kwargs, call, mixture.scopes[-1])
+        elif isinstance(self._settled, Tensor):
+            call.expert_ids_B = self._settled.repeat_interleave(copies_per_row(len(self._settled), rows))
+        elif self._settled is not None:
+            call.carried = self._settled
+        elif _cached_tokens(kwargs) > 0:
+            call.carried = _carried_from(previous)
+        elif module.training:
+            raise ConfigError(
+                f"method {mixture.config.method} is taught by the domain label, but the forward in training mode got "
+                f"no domain_ids. Pass domain_ids, an int64 tensor of {rows} positions among the experts "
+                f"({', '.join(mixture.config.experts or [])}), or call model.eval()."
+            )
+        else:
+            self._settle_here(inputs, kwargs, call, mixture, decision or mixture.config.decision or "last")
+        self.context.call = call
+        return args, kwargs
+
+    def _settle_here(
+        self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, mixture: Mixture, decision: str
+    ) -> None:
+        """Settles the experts of sequences that begin with this forward."""
+        if decision == "per_layer" and not mixture.reads_base:
+            return  # each router decides as the forward comes by; nothing is to be known beforehand
+        read = self.read_prompts(inputs, kwargs, call, decision)
+        if decision == "per_layer":
+            call.carried = read
+        else:
+            call.expert_ids_B, _ = settle(read, decision)
+
+    @torch.no_grad()
+    def read_prompts(self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, decision: str) -> dict[str, Routing]:
+        """Runs the model up to the last router that the decision asks and returns what the routers said.
+
+        A router that reads the base is asked after the base alone has read the prompt. One that reads the running model
+        is asked on the way, and each layer follows its own router: in training every layer had the label's expert, so a
+        router that is right gives the next ones what they saw then.
+
+        Args:
+            inputs: token ids (B, T) or embeddings (B, T, I).
+            kwargs: of the forward being prepared; mask and positions are taken from it.
+            call: its masks; pooled prompt states are put into it.
+            decision: any but "pinned", which asks no router.
+
+        Raises:
+            ConfigError: the decision is "pinned", or names a layer without router.
+        """
+        mixture = self.active()
+        assert mixture is not None
+        if decision == "pinned":
+            raise ConfigError(
+                'decision = "pinned", but no expert is named. Pass expert=NAME '
+                f"(one of {', '.join(mixture.config.experts or [])})."
+            )
+        upto = last_scope_needed(decision, mixture.scopes)
+        if not mixture.reads_base:
+            own = Call(mask_BT=call.mask_BT, prompt_mask_BT=call.prompt_mask_BT, stop_after=upto)
+            self._run(inputs, kwargs, own)
+            return own.routings
+        self._read_base(inputs, kwargs, call, upto)
+        return {
+            scope: mixture.doors[scope].router(mixture.name).decide(pooled_BI, call)
+            for scope, pooled_BI in call.pooled.items()
+        }
+
+    @torch.no_grad()
+    def _read_base(self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, upto: str) -> None:
+        """Lets the base alone read the prompts, no further than they go, and keeps what the routers take in."""
+        width = int(call.prompt_mask_BT.any(dim=0).nonzero().max()) + 1 if call.prompt_mask_BT.any() else 1
+        masks = call.mask_BT[:, :width], call.prompt_mask_BT[:, :width]
+        own = Call(mask_BT=masks[0], prompt_mask_BT=masks[1], base_only=True, stop_after=upto)
+        cut = {k: v[..., :width] if k == "position_ids" and v is not None else v for k, v in kwargs.items()}
+        cut["attention_mask"] = masks[0].long()
+        self._run(inputs[:, :width], cut, own)
+        call.pooled = own.pooled
+
+    def _run(self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call) -> None:
+        """Runs the model in evaluation mode for the sake of what its routers record in `call`."""
+        mask = kwargs.get("attention_mask")
+        positions = kwargs.get("position_ids")
+        if positions is None and mask is not None and mask.dim() == 2:
+            positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        reading: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
+        if positions is not None:
+            reading["position_ids"] = positions
+        reading["inputs_embeds" if inputs.is_floating_point() else "input_ids"] = inputs
+        outer, training = self.context.call, [module for module in self.model.modules() if module.training]
+        self.context.call, self._reading = call, True
+        self.model.eval()
+        try:
+            self.model(**reading)
+        except PromptRead:
+            pass
+        finally:
+            self.context.call, self._reading = outer, False
+            for module in training:
+                module.training = True
+
+    @contextmanager
+    def settled(self, experts: Tensor | dict[str, Routing]) -> Iterator[None]:
+        """Holds the experts of all rows for the forwards inside: ids (B,), or one routing for each scope."""
+        before, self._settled = self._settled, experts
+        try:
+            yield
+        finally:
+            self._settled = before
+
+
+def _real_tokens(attention_mask: Any, rows: int, length: int, device: torch.device) -> Tensor:
+    """Returns the mask of this forward's own tokens, bool (B, T); a mask over a cache is cut to its end."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -length:].bool()
+    return torch.ones(rows, length, dtype=torch.bool, device=device)
+
+
+def _prompt_tokens(prompt_mask: Tensor | None, labels: Tensor | None, mask_BT: Tensor) -> Tensor:
+    """Returns the tokens a router may read, bool (B, T): those the caller names; else those before the first
+    supervised label; else all. A row supervised from its first token on has no prompt to tell apart: all of it counts.
+    """
+    if prompt_mask is not None:
+        return prompt_mask.bool() & mask_BT
+    if labels is None:
+        return mask_BT
+    before_response_BT = mask_BT & ((labels != IGNORED).cumsum(dim=1) == 0)
+    has_prompt_B = before_response_BT.any(dim=1, keepdim=True)
+    return torch.where(has_prompt_B, before_response_BT, mask_BT)
+
+
+def _cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    cache = kwargs.get("past_key_values")
+    return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+
+
+def _carried_from(previous: Call | None) -> dict[str, Routing]:
+    if previous is None or not previous.routings:
+        raise ConfigError(
+            "the forward was given a filled key-value cache, but no routing of the prompt it was filled with. Run the "
+            "prompt through this model first, or pass domain_ids."
+        )
+    return previous.routings
+
+
+def _checked_ids(domain_ids: Tensor, rows: int, mixture: Mixture, device: torch.device) -> Tensor:
+    experts = mixture.config.experts or []
+    if domain_ids.shape != (rows,) or domain_ids.is_floating_point():
+        raise ConfigError(
+            f"domain_ids has shape {tuple(domain_ids.shape)} and type {domain_ids.dtype}. Expected int64 ({rows},): "
+            f"one position among the {len(experts)} experts for each row."
+        )
+    return domain_ids.to(device)

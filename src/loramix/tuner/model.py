@@ -1,0 +1,304 @@
+"""LoramixModel: puts the experts and routers of a method into a base, and answers with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import Tensor, nn
+
+from loramix.data.prompts import encode_prompts
+from loramix.errors import ConfigError, did_you_mean
+from loramix.methods import method_named
+from loramix.models.targets import check_targets, doors, layer_of
+from loramix.routing import Call, Routing
+from loramix.tuner.adapted import AdaptedModule, adapted_modules, as_table
+from loramix.tuner.config import LoramixConfig
+from loramix.tuner.decisions import decision_problem, settle
+from loramix.tuner.guide import ForwardGuide, Mixture
+from loramix.tuner.layer import LoramixLinear, Place
+from loramix.tuner.persistence import check_tensors
+from loramix.tuner.registration import PREFIX
+from loramix.tuner.routes import Route, pinned_route, routes_from
+
+
+class LoramixModel(BaseTuner):
+    """A base with a mixture of LoRA experts in it; what `get_peft_model` puts inside a PeftModel.
+
+    Beside what PEFT gives every method it has `route`, `generate` with `expert=` and `decision=`, `routings` (what the
+    routers of the last forward said) and `adapted_modules`.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = LoramixLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    if TYPE_CHECKING:  # what BaseTuner gives; PEFT has no types
+        model: Any
+        peft_config: dict[str, Any]
+        active_adapters: list[str]
+
+    # ---- PEFT's door: what is put where -------------------------------------------------------------------------
+
+    def _prepare_model(self, peft_config: LoramixConfig, model: nn.Module) -> None:
+        """Finds all modules to adapt and their places before any is replaced, so that all problems come at once."""
+        wanted = peft_config.target_modules or "all-linear"
+        peft_config.target_modules = wanted
+        _maybe_include_all_linear_layers(peft_config, model)
+        matched = [
+            name
+            for name, _ in model.named_modules()
+            if name and not _inside_adapter(model, name) and check_target_module_exists(peft_config, name)
+        ]
+        check_targets(model, wanted if wanted != "all-linear" else matched, matched)
+        scope_is_layer = method_named(peft_config.method).scope == "layer"
+        at_door = set(doors(matched).values()) if scope_is_layer else set()
+        self._places = {
+            name: Place(scope=layer_of(name) if scope_is_layer else None, is_door=name in at_door) for name in matched
+        }
+
+    def _create_and_replace(
+        self,
+        peft_config: LoramixConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        place = self._places[current_key]
+        if isinstance(target, LoramixLinear):
+            target.update_layer(adapter_name, peft_config, place)
+            return
+        new = LoramixLinear(target, ForwardGuide.of(self.model).context)
+        new._active_adapter = adapter_name
+        new.update_layer(adapter_name, peft_config, place)
+        if adapter_name not in self.active_adapters:
+            new.requires_grad_(False)
+        self._replace_module(parent, target_name, new, target)
+
+    @property
+    def guide(self) -> ForwardGuide:
+        return ForwardGuide.of(self.model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter and makes it known to the guide. All of PEFT's and transformers' ways of adding come here."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = {name: model.get_submodule(name) for name in self._places}
+        doors = {place.scope: layers[name] for name, place in self._places.items() if place.is_door and place.scope}
+        mixture = Mixture(adapter_name, self.peft_config[adapter_name], next(iter(layers.values())), doors)  # type: ignore[arg-type]
+        self.guide.add(mixture)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.guide.mixtures.pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        base = super()._unload_and_optionally_merge(*args, **kwargs)
+        self.guide.leave()
+        return base
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Checks the whole file before a single tensor is set; then lets PEFT rename."""
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        wanted = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if f".{PREFIX}" in name and f".{adapter_name}." in name
+        }
+        found = {name: tensor for name, tensor in remapped.items() if "modules_to_save" not in name}
+        check_tensors(wanted, found, f"the tensors of adapter {adapter_name!r}")
+        return remapped
+
+    # ---- answering -----------------------------------------------------------------------------------------------
+
+    def _mixture(self) -> Mixture:
+        mixture = self.guide.active()
+        if mixture is None or not mixture.doors:
+            raise ConfigError(
+                "there is nothing to route: no adapter with routers is active. Load a routed method (moa, for example) "
+                "or enable it with model.set_adapter(name)."
+            )
+        return mixture
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the active adapter's experts, in the order of `domain_ids`."""
+        mixture = self.guide.active()
+        return list(mixture.config.experts or []) if mixture is not None else []
+
+    @property
+    def routings(self) -> dict[str, Routing]:
+        """What each router decided in the last forward, by layer name, in forward order."""
+        call = self.guide.context.call
+        return dict(call.routings) if call is not None else {}
+
+    def route(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decision: str | None = None,
+        expert: str | Sequence[str] | None = None,
+        batch_size: int = 8,
+    ) -> list[Route]:
+        """Returns which expert answers each prompt, and why.
+
+        The prompt is read once, no deeper than the decision needs.
+
+        Args:
+            prompts: texts, put into the base's chat template as one user turn each; needs `tokenizer`.
+            tokenizer: of the base.
+            input_ids: token ids (B, T) instead of texts.
+            attention_mask: (B, T), 1 for real tokens; all are real when it is left out.
+            decision: "last", "vote", "per_layer", "layer:k" or "pinned"; the adapter's own by default.
+            expert: the expert to pin, or one for each prompt.
+            batch_size: prompts read together.
+
+        Raises:
+            ConfigError: nothing to route, an unknown expert or decision, texts without a tokenizer.
+        """
+        mixture = self._mixture()
+        routes: list[Route] = []
+        for ids_BT, mask_BT in _batches(prompts, tokenizer, input_ids, attention_mask, batch_size):
+            start, rows = len(routes), len(ids_BT)
+            named = expert if expert is None or isinstance(expert, str) else expert[start : start + rows]
+            kwargs = {"attention_mask": mask_BT.to(self.model.device)}
+            routes += self._route_batch(mixture, ids_BT.to(self.model.device), kwargs, decision, named)[0]
+        return routes
+
+    def _route_batch(
+        self,
+        mixture: Mixture,
+        inputs: Tensor,
+        kwargs: dict[str, Any],
+        decision: str | None,
+        expert: str | Sequence[str] | None,
+    ) -> tuple[list[Route], Tensor | dict[str, Routing]]:
+        """Returns the routes of one batch and what holds them: ids (B,), or for "per_layer" a routing per layer."""
+        experts = list(mixture.config.experts or [])
+        rows, length = inputs.shape[:2]
+        if expert is not None:
+            if decision not in (None, "pinned"):
+                raise ConfigError(f"decision = {decision!r} and expert = {expert!r} contradict each other. Pass one.")
+            names = [expert] * rows if isinstance(expert, str) else list(expert)
+            ids = _positions(names, experts, rows)
+            return [pinned_route(name, experts) for name in names], torch.tensor(ids, device=inputs.device)
+        decision = decision or mixture.config.decision or "last"
+        if problem := decision_problem(decision):
+            raise ConfigError(problem)
+        mask_BT = kwargs.get("attention_mask")
+        mask_BT = torch.ones(rows, length, device=inputs.device) if mask_BT is None else mask_BT
+        call = Call(mask_BT=mask_BT.bool(), prompt_mask_BT=mask_BT.bool())
+        routings = self.guide.read_prompts(inputs, {**kwargs, "attention_mask": mask_BT}, call, decision)
+        routes = routes_from(routings, decision, experts)
+        return routes, routings if decision == "per_layer" else settle(routings, decision)[0]
+
+    def generate(
+        self,
+        *args: Any,
+        expert: str | Sequence[str] | None = None,
+        decision: str | None = None,
+        domain_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates as transformers does, with the experts of each row settled once, from its prompt, and then held.
+
+        Beams and returned sequences follow their prompt; rows of one batch may have different experts.
+
+        Args:
+            *args, **kwargs: for `GenerationMixin.generate`.
+            expert: pins one expert, or one for each row.
+            decision: how the experts are settled; the adapter's own by default.
+            domain_ids: the same as `expert`, as positions, int64 (B,).
+        """
+        mixture = self.guide.active()
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs", kwargs.get("inputs_embeds")))
+        if mixture is None or not mixture.doors or inputs is None:
+            if expert is not None:
+                self._mixture()
+            return self.model.generate(*args, **kwargs)
+        if domain_ids is not None:
+            held: Tensor | dict[str, Routing] = domain_ids.to(inputs.device)
+        else:
+            asked = {"attention_mask": self._generation_mask(inputs, kwargs)}
+            held = self._route_batch(mixture, inputs, asked, decision, expert)[1]
+        with self.guide.settled(held):
+            return self.model.generate(*args, **kwargs)
+
+    def _generation_mask(self, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Returns the mask `generate` will use: the one given, else real tokens are those that are not padding."""
+        mask: Tensor | None = kwargs.get("attention_mask")
+        pad = getattr(self.model.generation_config, "pad_token_id", None)
+        end = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = end if isinstance(end, list) else [end]
+        if mask is None and not inputs.is_floating_point() and pad is not None and pad not in ends:
+            mask = (inputs != pad).long()
+        return mask
+
+    # ---- looking -------------------------------------------------------------------------------------------------
+
+    def adapted_modules(self) -> list[AdaptedModule]:
+        """Returns one row for each module the active adapter is on."""
+        return adapted_modules(self.model)
+
+    def adapted_modules_table(self) -> str:
+        """Returns the adapted modules as a text table, for printing."""
+        return as_table(self.adapted_modules())
+
+
+def _inside_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a module is a part of an adapted layer (its frozen layer, a bank), not a target itself."""
+    parent = name.rpartition(".")[0]
+    while parent:
+        if isinstance(model.get_submodule(parent), LoramixLinear):
+            return True
+        parent = parent.rpartition(".")[0]
+    return False
+
+
+def _positions(names: Sequence[str], experts: Sequence[str], rows: int) -> list[int]:
+    for name in names:
+        if name not in experts:
+            raise ConfigError(
+                f"expert = {name!r}: no such expert. Expected one of {', '.join(experts)}.{did_you_mean(name, experts)}"
+            )
+    if len(names) != rows:
+        raise ConfigError(f"{len(names)} experts were named for {rows} prompts. Name one, or one for each prompt.")
+    return [experts.index(name) for name in names]
+
+
+def _batches(
+    prompts: str | Sequence[str] | None,
+    tokenizer: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields batches of (ids, mask) from texts or from tensors."""
+    if input_ids is not None:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        for start in range(0, len(input_ids), batch_size):
+            yield input_ids[start : start + batch_size], mask[start : start + batch_size]
+        return
+    if prompts is None or tokenizer is None:
+        raise ConfigError("route was given texts without a tokenizer. Pass tokenizer=..., or input_ids.")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for start in range(0, len(texts), batch_size):
+        encoded = encode_prompts(tokenizer, texts[start : start + batch_size])
+        yield encoded["input_ids"], encoded["attention_mask"]
