@@ -1,0 +1,70 @@
+"""Examples to batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loramix.data.prompts import Encoded
+from loramix.labels import IGNORED
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded record and the position of its domain among the experts."""
+
+    encoded: Encoded
+    domain_id: int
+
+    @property
+    def length(self) -> int:
+        return len(self.encoded.input_ids)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that are predicted: supervised ones, but never the first of a row, which has nothing before it."""
+        return sum(self.encoded.supervised[1:])
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples to a batch.
+
+    Args:
+        pad_token_id: fills the rows; masked everywhere.
+        padding_side: "right" for training and scoring, "left" where the rows must end together.
+
+    Returns from `__call__`, all (B, T) but the last:
+        input_ids int64; attention_mask int64; labels int64, -100 where nothing is learned; prompt_mask bool, the tokens
+        before the first response; domain_ids int64 (B,).
+    """
+
+    pad_token_id: int
+    padding_side: str = "right"
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        width = max(example.length for example in examples)
+        shape = (len(examples), width)
+        ids = torch.full(shape, self.pad_token_id)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED)
+        prompt_mask = torch.zeros(shape, dtype=torch.bool)
+        for row, example in enumerate(examples):
+            start = 0 if self.padding_side == "right" else width - example.length
+            place = slice(start, start + example.length)
+            tokens = torch.tensor(example.encoded.input_ids)
+            supervised = torch.tensor(example.encoded.supervised)
+            ids[row, place] = tokens
+            mask[row, place] = 1
+            labels[row, place] = torch.where(supervised, tokens, IGNORED)
+            prompt_mask[row, start : start + example.encoded.prompt_length] = True
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": labels,
+            "prompt_mask": prompt_mask,
+            "domain_ids": torch.tensor([example.domain_id for example in examples]),
+        }

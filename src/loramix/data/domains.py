@@ -1,0 +1,173 @@
+"""All domains of an experiment, read, checked, split and encoded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loramix.data.collation import Example
+from loramix.data.prompts import Encoded, encode
+from loramix.data.reading import read_source
+from loramix.data.records import Record
+from loramix.errors import DataError, Problems
+
+Truncation = Literal["error", "drop", "left", "right"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The records of one domain, for training and for measuring."""
+
+    train: list[Record]
+    test: list[Record]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What the length limit did to one domain: examples shortened, and examples left out."""
+
+    shortened: int
+    dropped: int
+    total: int
+
+
+def read_domains(
+    sources: Mapping[str, str],
+    *,
+    labelled: str | None = None,
+    domain_column: str | None = None,
+    test_fraction: float = 0.1,
+    max_train_examples: int | None = None,
+    max_test_examples: int | None = None,
+    seed: int = 0,
+) -> dict[str, Split]:
+    """Returns the splits of all domains, in the order of the config.
+
+    A folder with a test (or validation) file is used as it is; of a single file a part is held out, chosen by the seed.
+
+    Args:
+        sources: domain -> file, folder or Hub name; or, with `labelled`, the allowed domains (values unused; empty:
+            whatever labels occur, sorted).
+        labelled: one source whose rows carry their own label.
+        domain_column: the column with the label; None looks for domain, task, channel or task_id.
+        test_fraction: part held out where there is no test file.
+        max_train_examples, max_test_examples: for each domain, chosen by the seed.
+        seed: of the choices.
+
+    Raises:
+        DataError: all that is wrong with all files together: file, line, what was expected.
+    """
+    problems = Problems("the data")
+    if labelled is not None:
+        found = _by_label(labelled, tuple(sources), domain_column, problems)
+    else:
+        found = {
+            domain: (
+                read_source(source, "train", problems, domain=domain),
+                read_source(source, "test", problems, domain=domain)
+                or read_source(source, "validation", problems, domain=domain),
+            )
+            for domain, source in sources.items()
+        }
+    splits = {}
+    for domain, (train, test) in found.items():
+        if not train:
+            if not problems:
+                problems.add(f"domain {domain!r} has no rows for training. Add rows, or take the domain out.")
+            continue
+        shuffled = list(train)
+        random.Random(f"{seed} {domain}").shuffle(shuffled)  # a reproducible choice, not a secret
+        held = test
+        if held is None:
+            count = max(1, round(len(shuffled) * test_fraction))
+            held, shuffled = shuffled[:count], shuffled[count:]
+            if not shuffled:
+                problems.add(f"domain {domain!r} has one row; it needs at least two, one to train and one to test.")
+        splits[domain] = Split(shuffled[:max_train_examples], held[:max_test_examples])
+    problems.raise_as(DataError)
+    return splits
+
+
+def _by_label(
+    source: str, allowed: Sequence[str], domain_column: str | None, problems: Problems
+) -> dict[str, tuple[list[Record] | None, list[Record] | None]]:
+    read = {
+        split: read_source(source, split, problems, domain=None, domain_column=domain_column)
+        for split in ("train", "validation", "test")
+    }
+    labels = set()
+    for records in read.values():
+        for record in records or []:
+            if record.domain is None:
+                problems.add(f"{record.source}: names no domain. Expected a column domain, task, channel or task_id.")
+            elif allowed and record.domain not in allowed:
+                problems.add(
+                    f"{record.source}: label {record.domain!r} is not among the domains ({', '.join(allowed)})."
+                )
+            else:
+                labels.add(record.domain)
+
+    def of(domain: str, split: str) -> list[Record] | None:
+        records = read[split]
+        return None if records is None else [record for record in records if record.domain == domain]
+
+    return {
+        domain: (of(domain, "train"), of(domain, "test") or of(domain, "validation"))
+        for domain in (allowed or sorted(labels))
+    }
+
+
+def encode_domain(
+    tokenizer: Any,
+    records: Sequence[Record],
+    domain_id: int,
+    *,
+    max_length: int,
+    truncation: Truncation = "right",
+    loss_on: str = "response",
+) -> tuple[list[Example], Cut]:
+    """Returns the examples of one domain and what the length limit did to them.
+
+    Args:
+        tokenizer: of the base.
+        records: of one domain.
+        domain_id: its position among the experts.
+        max_length: tokens of an example at most.
+        truncation: "right" cuts the end of the response, "left" the beginning of the prompt, "drop" leaves the example
+            out, "error" refuses. An example with nothing left to learn is left out and counted.
+        loss_on: "response" or "all".
+
+    Raises:
+        DataError: with "error", every example that is too long.
+    """
+    problems = Problems("the data")
+    examples, shortened, dropped = [], 0, 0
+    for record in records:
+        encoded = encode(tokenizer, record, loss_on=loss_on)
+        length = len(encoded.input_ids)
+        if length > max_length:
+            if truncation == "error":
+                problems.add(
+                    f"{record.source}: {length} tokens, more than max_length = {max_length}. Raise max_length or set "
+                    "truncation to right, left or drop."
+                )
+                continue
+            cut = None if truncation == "drop" else _cut(encoded, max_length, truncation)
+            if cut is None:
+                dropped += 1
+                continue
+            encoded, shortened = cut, shortened + 1
+        examples.append(Example(encoded, domain_id))
+    problems.raise_as(DataError)
+    return examples, Cut(shortened, dropped, len(records))
+
+
+def _cut(encoded: Encoded, max_length: int, side: str) -> Encoded | None:
+    """Returns the example shortened, or None when no prompt or nothing supervised is left."""
+    surplus = len(encoded.input_ids) - max_length
+    part = slice(0, max_length) if side == "right" else slice(surplus, None)
+    prompt = min(encoded.prompt_length, max_length) if side == "right" else encoded.prompt_length - surplus
+    cut = Encoded(encoded.input_ids[part], encoded.supervised[part], prompt)
+    return cut if prompt > 0 and any(cut.supervised[1:]) else None

@@ -1,0 +1,204 @@
+"""Reads files of rows: jsonl, json, csv, tsv, parquet, a folder of splits, or a Hub data set. Bad lines are named."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from loramix.data.formats import RowError, to_record
+from loramix.data.records import Record
+from loramix.errors import DataError, Problems
+
+SPLITS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "eval"),
+}
+Numbered = Iterator[tuple[str, Any]]
+"""(place such as "line 3", row)"""
+
+
+class FileError(ValueError):
+    """A place in a file that cannot be read, and why."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(f"{place}: {reason}")
+        self.place = place
+        self.reason = reason
+
+
+def _jsonl(path: Path) -> Numbered:
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            place = str(number)
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield place, FileError(place, f"is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.")
+                continue
+            if line.strip():
+                try:
+                    yield place, json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+                    column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                    shown = line.strip()[:40]
+                    yield (
+                        place,
+                        FileError(place, f"is not JSON: {what}{column}, in {shown!r}. Expected one object a line."),
+                    )
+
+
+def _json(path: Path) -> Numbered:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise FileError(str(error.lineno), f"is not JSON: {error.msg}. Expected a list of objects.") from error
+    except UnicodeDecodeError as error:
+        raise FileError("1", f"is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise FileError("1", 'holds no list. Expected a list of objects, or {"data": [...]}.')
+    for number, row in enumerate(rows, 1):
+        yield f"item {number}", row
+
+
+def _separated(delimiter: str) -> Callable[[Path], Numbered]:
+    def read(path: Path) -> Numbered:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, delimiter=delimiter)
+            try:
+                for row in reader:
+                    place = str(reader.line_num)
+                    if None in row or None in row.values():
+                        found = sum(value is not None for value in row.values()) + len(row.get(None) or [])
+                        names = reader.fieldnames or []
+                        yield (
+                            place,
+                            FileError(place, f"has {found} fields, expected {len(names)} ({', '.join(names)})."),
+                        )
+                    else:
+                        yield place, row
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise FileError(str(reader.line_num + 1), f"cannot be read: {error}.") from error
+
+    return read
+
+
+def _parquet(path: Path) -> Numbered:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise FileError("1", f"is not parquet: {str(error).splitlines()[0]}") from error
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield f"row {number}", row
+
+
+READERS: dict[str, Callable[[Path], Numbered]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".parquet": _parquet,
+}
+
+
+def find_split(path: Path, split: str) -> Path | None:
+    """Returns the file of a split in a folder, or None; for a plain file the file itself, for "train" only."""
+    if path.is_file():
+        return path if split == "train" else None
+    for stem in SPLITS[split]:
+        for suffix in READERS:
+            if (path / f"{stem}{suffix}").is_file():
+                return path / f"{stem}{suffix}"
+    return None
+
+
+def read_file(path: Path, problems: Problems, *, domain: str | None, domain_column: str | None = None) -> list[Record]:
+    """Returns the records of one file; what is wrong with it goes to `problems`, by file and line.
+
+    Args:
+        path: a file with one of the known endings.
+        problems: collects what cannot be used.
+        domain: the label of the whole file, or None.
+        domain_column: the column with the label, or None to look for one.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        problems.add(f"{path}: ending {path.suffix!r} is not known. Expected one of {', '.join(READERS)}.")
+        return []
+    records = []
+    try:
+        for place, row in reader(path):
+            source = f"{path}:{place}"
+            if isinstance(row, FileError):
+                problems.add(f"{path}:{row}")
+                continue
+            try:
+                records.append(to_record(row, source, domain, domain_column))
+            except RowError as error:
+                problems.add(f"{source}: {error}")
+    except FileError as error:
+        problems.add(f"{path}:{error}")
+    except OSError as error:
+        problems.add(f"{path}: cannot be read ({error.strerror}).")
+    return records
+
+
+def read_source(
+    name: str, split: str, problems: Problems, *, domain: str | None, domain_column: str | None = None
+) -> list[Record] | None:
+    """Returns the records of one split of a file, folder or Hub data set; None where it has no such split.
+
+    Args:
+        name: path, or Hub name such as "owner/name" or "owner/name:subset".
+        split: "train", "validation" or "test".
+        problems, domain, domain_column: as for `read_file`.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        file = find_split(path, split)
+        if file is None:
+            return None
+        return read_file(file, problems, domain=domain, domain_column=domain_column)
+    if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if split == "train":
+            problems.add(f"{name}: no such file or folder. Expected a data file, a folder of splits, or a Hub name.")
+        return None
+    return _from_hub(name, split, problems, domain=domain, domain_column=domain_column)
+
+
+def _from_hub(
+    name: str, split: str, problems: Problems, *, domain: str | None, domain_column: str | None
+) -> list[Record] | None:
+    from datasets import get_dataset_split_names, load_dataset
+
+    repository, _, subset = name.partition(":")
+    try:
+        have = get_dataset_split_names(repository, subset or None)
+        found = next((one for one in SPLITS[split] if one in have), None)
+        if found is None:
+            return None
+        rows = load_dataset(repository, subset or None, split=found)
+    except Exception as error:
+        problems.add(f"{name}: neither a file here nor a data set the Hub gives ({str(error).splitlines()[0]}).")
+        return None
+    records = []
+    for number, row in enumerate(rows, 1):
+        source = f"{name}[{found}]:row {number}"
+        try:
+            records.append(to_record(row, source, domain, domain_column))
+        except RowError as error:
+            problems.add(f"{source}: {error}")
+    return records
+
+
+def raise_data(problems: Problems) -> None:
+    """Raises the collected problems as a DataError."""
+    problems.raise_as(DataError)
