@@ -1,0 +1,5 @@
+"""`python -m loramix` is `loramix`."""
+
+from loramix.cli.main import main
+
+main()

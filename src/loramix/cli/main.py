@@ -1,0 +1,75 @@
+"""The command `loramix`. Imports nothing heavy: `loramix --help` answers in well under half a second."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from loramix import __version__
+from loramix.cli import chat, demo, env, evaluate, methods, route, train, validate
+from loramix.cli.output import EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_USAGE, fail
+from loramix.errors import LoramixError
+
+app = typer.Typer(
+    name="loramix",
+    help="Train, measure and use mixtures of LoRA experts: one frozen model, many domains.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (demo, train, evaluate, route, chat, methods, validate, env):
+    verb.add_to(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"loramix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Train, measure and use mixtures of LoRA experts: one frozen model, many domains."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    0 ok, 2 usage or settings, 3 data, 4 model or adapter, 5 out of memory, 130 interrupted. Any other exception is a
+    mistake of ours and keeps its traceback.
+    """
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except LoramixError as error:
+        return fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 0
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USAGE
+    except (KeyboardInterrupt, click.Abort):
+        return fail("interrupted.", EXIT_INTERRUPTED)
+    except MemoryError:
+        return fail(_NO_MEMORY, EXIT_OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            return fail(_NO_MEMORY, EXIT_OUT_OF_MEMORY)
+        raise
+
+
+_NO_MEMORY = (
+    "out of memory. Lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much: the result is "
+    "the same), lower max_length, or set activation_checkpointing=true."
+)
+
+
+def main() -> None:
+    sys.exit(run())

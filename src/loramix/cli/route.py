@@ -1,0 +1,55 @@
+"""`loramix route RUN --text T`: which expert would answer, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loramix.cli.output import print_json, print_table, quiet_libraries
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("route", help="Show which expert answers a text, how sure the routers are and what each layer says.")(
+        route
+    )
+
+
+def route(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    text: Annotated[list[str], typer.Option("--text", "-t", help="A prompt; may be given several times.")],
+    decision: Annotated[
+        str | None, typer.Option(help="last, vote, per_layer, layer:k; the run's own by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the routes as JSON.")] = False,
+) -> None:
+    quiet_libraries()
+    from loramix.experiment import load
+    from loramix.pipeline import open_model
+    from loramix.run_folder import RunFolder
+
+    folder = RunFolder.opened(run)
+    model, tokenizer = open_model(load(folder.config).experiment, folder)
+    routes = model.route(text, tokenizer, decision=decision)
+    if as_json:
+        print_json([{"text": one, **asdict(way)} for one, way in zip(text, routes, strict=True)])
+        return
+    for one, way in zip(text, routes, strict=True):
+        rows = []
+        for expert, probability in sorted(way.probabilities.items(), key=lambda pair: -pair[1]):
+            layers = [scope.rpartition(".")[2] for scope, vote in way.votes.items() if vote == expert]
+            rows.append([expert, f"{probability:.1%}", str(len(layers)), _ranges([int(n) for n in layers])])
+        print_table(f"{one}\n-> {way.expert} (by {way.decision})", ["expert", "probability", "votes", "layers"], rows)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Returns "0-3, 7" for [0, 1, 2, 3, 7]."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -1,0 +1,83 @@
+"""`loramix train CONFIG [key=value ...]`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loramix.cli.output import print_json, print_table, progress_console, quiet_libraries, result_console
+
+TITLES = {
+    "base": "base",
+    "single": "single LoRA",
+    "single_long": "single LoRA, as long",
+    "mixed": "mixed LoRA",
+    "moa_oracle": "MoA, oracle",
+    "moa_routed": "MoA, routed",
+}
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("train", help="Train the experiment of a YAML file and measure it on held-out data.")(train)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; see recipes/ and docs/settings.md.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings over the file's: learning_rate=1e-4 ...")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    quiet_libraries()
+    from loramix.experiment import load
+    from loramix.pipeline import run_experiment
+
+    loaded = load(config, overrides or [])
+    console = progress_console()
+    for echo in loaded.echoes:
+        console.print(echo, highlight=False)
+    results = run_experiment(loaded.experiment, console)
+    if as_json:
+        print_json(results)
+    else:
+        show(results)
+        result_console().print(f"Everything is in {loaded.experiment.output_dir}", highlight=False)
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the tables of a run: perplexity by domain and model, router accuracy by domain and decision."""
+    domains = results["domains"]
+    models = list(dict.fromkeys(row["model"] for row in results["rows"]))
+    cells = {(row["domain"], row["model"]): row["perplexity"] for row in results["rows"]}
+    rows = [[d, *(_number(cells.get((d, m))) for m in models)] for d in domains]
+    means = []
+    for m in models:
+        column = [cells[d, m] for d in domains if (d, m) in cells]
+        means.append(_number(sum(column) / len(column) if len(column) == len(domains) else None))
+    heads = ["domain", *(TITLES.get(m, m) for m in models)]
+    print_table("Perplexity on held-out responses (lower is better)", heads, [*rows, ["mean", *means]])
+    if "router_accuracy" not in results:
+        return
+    decisions = list(results["router_accuracy_overall"])
+    rows = [[d, *(f"{results['router_accuracy'][d][x]:.1%}" for x in decisions)] for d in domains]
+    rows.append(["all", *(f"{results['router_accuracy_overall'][x]:.1%}" for x in decisions)])
+    title = f"Router accuracy on {results['router_prompts']} held-out prompts, by decision"
+    print_table(title, ["domain", *decisions], rows)
+    console = result_console()
+    for one in results["examples"]:
+        console.print(f"\n[bold]{one['domain']}[/bold]", highlight=False)
+        console.print(f"  prompt    {_short(one['prompt'])}", markup=False, highlight=False)
+        console.print(f"  expert    {one['expert']} ({one['probability']:.1%})", markup=False, highlight=False)
+        console.print(f"  answer    {_short(one['answer'])}", markup=False, highlight=False)
+        console.print(f"  reference {_short(one['reference'])}", markup=False, highlight=False)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _short(text: str, most: int = 200) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else flat[: most - 1] + "…"

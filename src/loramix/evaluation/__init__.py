@@ -1,0 +1,1 @@
+"""Measuring: perplexity and routing."""

@@ -1,0 +1,87 @@
+"""How likely a model finds the responses: sums of negative log-likelihood, example by example."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from loramix.data.collation import Collator, Example
+from loramix.losses import next_token_nll, supervised_positions
+
+
+@dataclass(frozen=True)
+class Score:
+    """One example's negative log-likelihood in nats, summed over its supervised tokens, and their number."""
+
+    nll: float
+    tokens: int
+
+
+def perplexity(scores: Iterable[Score]) -> float:
+    """Returns exp(total NLL / total tokens) over all examples; never a mean of per-batch perplexities."""
+    collected = list(scores)
+    return math.exp(sum(s.nll for s in collected) / sum(s.tokens for s in collected))
+
+
+def batches_by_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Yields positions of examples, similar lengths together, so that little is padded."""
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    pad_token_id: int,
+    experts: Sequence[int] | None = None,
+    decision: str | None = None,
+    batch_size: int = 8,
+    seen: Callable[[list[int], nn.Module], None] | None = None,
+) -> list[Score]:
+    """Returns the score of each example, in the order given.
+
+    Args:
+        model: a base, or a PeftModel. Not changed; put into evaluation mode.
+        examples: with at least one supervised token each.
+        pad_token_id: of the base.
+        experts: the position of the expert to use for each example (the oracle, or a routing), for a routed model.
+        decision: how a routed model settles the expert itself, when `experts` is None.
+        batch_size: examples scored together.
+        seen: called after each batch with the positions scored and the model, to read its routings.
+    """
+    model.eval()
+    collate = Collator(pad_token_id)
+    device = next(model.parameters()).device
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    can_choose = "logits_to_keep" in inspect.signature(base.forward).parameters
+    scores: list[Score] = [Score(0.0, 0)] * len(examples)
+    for positions in batches_by_length(examples, batch_size):
+        batch = {k: v.to(device) for k, v in collate([examples[i] for i in positions]).items()}
+        asked: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if experts is not None:
+            asked["domain_ids"] = torch.tensor([experts[i] for i in positions], device=device)
+            asked["prompt_mask"] = batch["prompt_mask"]
+        elif decision is not None:
+            asked.update(decision=decision, prompt_mask=batch["prompt_mask"])
+        wanted_P = supervised_positions(batch["labels"])
+        if can_choose:
+            logits_BPV = model(**asked, logits_to_keep=wanted_P, use_cache=False).logits
+        else:
+            logits_BPV = model(**asked, use_cache=False).logits[:, wanted_P]
+        nll_M, rows_M = next_token_nll(logits_BPV, batch["labels"], wanted_P)
+        for row, position in enumerate(positions):
+            of_row: Tensor = nll_M[rows_M == row]
+            scores[position] = Score(float(of_row.double().sum()), int(of_row.numel()))
+        if seen is not None:
+            seen(positions, model)
+    return scores

@@ -1,0 +1,158 @@
+"""A transformers.Trainer that knows domains: mixed sampling, routing loss, sums divided once, a log line per domain."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
+
+from loramix.labels import IGNORED
+from loramix.losses import layer_correct, next_token_nll, routing_cross_entropy, supervised_positions
+from loramix.training.settings import TrainingSettings
+from loramix.training.tally import DomainTally
+
+
+def training_arguments(
+    settings: TrainingSettings, output_dir: str, optim: str = "adamw_torch_fused"
+) -> TrainingArguments:
+    """Returns transformers' arguments for our settings; saving and reporting are ours, so theirs are off."""
+    return TrainingArguments(
+        output_dir=output_dir,
+        num_train_epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        activation_checkpointing=settings.activation_checkpointing,
+        dataloader_num_workers=settings.dataloader_num_workers,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        seed=settings.seed,
+        optim=optim,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+class MixtureTrainer(Trainer):
+    """Trains the active loramix adapter of a model on examples with domains.
+
+    The loss of a step is  sum of NLL / supervised tokens + eta * sum of routing losses / rows,  with both sums over all
+    micro-batches of the step: accumulating 4 x 1 row gives the gradient of 1 x 4 rows.
+
+    Args:
+        model: a PeftModel with a loramix adapter.
+        settings: of the stage.
+        domains: names, in the order of `domain_ids`; for the log.
+        sampler: order of the examples, or None for transformers' own.
+        auxiliary: names of the stage's auxiliary losses; "routing_cross_entropy" is known.
+        **kwargs: for `transformers.Trainer` (args, train_dataset, data_collator, callbacks, ...).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        settings: TrainingSettings,
+        domains: Sequence[str],
+        sampler: Sampler[int] | None = None,
+        auxiliary: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, **kwargs)
+        self.settings = settings
+        self.sampler = sampler
+        self.auxiliary = tuple(auxiliary)
+        self.tally = DomainTally(domains)
+        self.tokens_seen = 0
+        self.loss_is_scaled_for_ga = True
+        """Read by Trainer: our loss is divided by the whole step's counts already."""
+        self._step_tokens = self._step_rows = torch.ones(())
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._head_can_choose = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with two groups: experts, and routers at their own learning rate."""
+        if getattr(self, "optimizer", None) is None:
+            trained = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            routers = [p for n, p in trained if ".loramix_router." in n]
+            experts = [p for n, p in trained if ".loramix_router." not in n]
+            groups: list[dict[str, Any]] = [{"params": experts, "lr": self.settings.learning_rate}]
+            if routers:
+                groups.append({"params": routers, "lr": self.settings.router_learning_rate})
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options["weight_decay"] = self.settings.weight_decay
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Collects the micro-batches of a step and counts, over all of them and all processes, what the losses are
+        divided by."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.tensor(
+            [
+                sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches),
+                sum(len(batch["labels"]) for batch in batches),
+            ],
+            device=device,
+            dtype=torch.float32,
+        )
+        self._step_tokens, self._step_rows = self.accelerator.reduce(counts, reduction="sum").unbind()
+        self.tokens_seen += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns this micro-batch's part of the step's loss."""
+        labels_BT = inputs["labels"]
+        asked = {k: v for k, v in inputs.items() if k != "labels"}
+        positions_P = supervised_positions(labels_BT)
+        if self._head_can_choose:
+            outputs = model(**asked, logits_to_keep=positions_P, use_cache=False)
+            logits_BPV = outputs.logits
+        else:
+            outputs = model(**asked, use_cache=False)
+            logits_BPV = outputs.logits[:, positions_P]
+        nll_M, rows_M = next_token_nll(logits_BPV, labels_BT, positions_P)
+        domain_ids_B = inputs["domain_ids"]
+        ones_M, ones_B = torch.ones_like(nll_M), torch.ones_like(domain_ids_B, dtype=torch.float32)
+        self.tally.add(domain_ids_B[rows_M], nll=nll_M, tokens=ones_M)
+        loss = nll_M.sum() / self._step_tokens
+        if "routing_cross_entropy" in self.auxiliary:
+            routings = self.accelerator.unwrap_model(model).routings
+            routing_B = routing_cross_entropy(routings, domain_ids_B)
+            correct_LB = layer_correct(routings, domain_ids_B)
+            decided_B = ones_B * len(correct_LB)
+            self.tally.add(
+                domain_ids_B, routing=routing_B, correct=correct_LB.sum(dim=0), decided=decided_B, rows=ones_B
+            )
+            loss = loss + self.settings.routing_cross_entropy * routing_B.sum() / self._step_rows
+        # Data parallelism averages gradients over processes; the counts above are over all of them.
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, **self.tally.drain()}, start_time)
