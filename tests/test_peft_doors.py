@@ -1,0 +1,188 @@
+"""Every way PEFT and transformers offer in and out: build, save, load, switch, delete; strict about files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from loramix import ConfigError, LoramixConfig, ModelError
+from tests import tiny
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """A base and an adapter on disk, and the logits they must give."""
+    base = tiny.llama()
+    base.save_pretrained(tmp_path / "base")
+    model = tiny.moa(type(base).from_pretrained(tmp_path / "base").eval())
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, model(input_ids=tiny.ids()).logits
+
+
+def _base(folder: Path) -> torch.nn.Module:
+    return type(tiny.llama()).from_pretrained(folder / "base").eval()
+
+
+def test_all_loading_doors_are_bit_equal(saved):
+    folder, wanted = saved
+    adapter = str(folder / "adapter")
+    ids = tiny.ids()
+    by_peft = PeftModel.from_pretrained(_base(folder), adapter)
+    low_memory = PeftModel.from_pretrained(_base(folder), adapter, low_cpu_mem_usage=True)
+    by_auto = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    by_transformers = _base(folder)
+    by_transformers.load_adapter(adapter)
+    from transformers import AutoModelForCausalLM
+
+    straight = AutoModelForCausalLM.from_pretrained(adapter)
+    for model in (by_peft, low_memory, by_auto, by_transformers, straight):
+        assert torch.equal(model.eval()(input_ids=ids).logits, wanted)
+
+
+def test_transformers_door_generates_as_pefts(saved):
+    folder, _ = saved
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tiny.PAD}
+    wanted = PeftModel.from_pretrained(_base(folder), str(folder / "adapter")).generate(input_ids=tiny.ids(), **how)
+    model = _base(folder)
+    model.load_adapter(str(folder / "adapter"))
+    assert torch.equal(model.generate(input_ids=tiny.ids(), **how), wanted)
+
+
+def test_transformers_add_adapter_trains(saved):
+    model = tiny.llama().train()
+    model.add_adapter(LoramixConfig(experts=tiny.EXPERTS, init_lora_weights=False))
+    out = model(input_ids=tiny.ids(), labels=tiny.ids(), domain_ids=torch.tensor([0, 1, 2]))
+    out.loss.backward()
+    assert sum(p.grad.abs().sum() > 0 for p in model.parameters() if p.grad is not None) > 0
+
+
+def test_same_adapter_gives_the_same_files(saved, tmp_path):
+    folder, _ = saved
+    PeftModel.from_pretrained(_base(folder), str(folder / "adapter")).save_pretrained(tmp_path / "again")
+    first, again = (
+        json.loads((f / "adapter_config.json").read_text()) for f in (folder / "adapter", tmp_path / "again")
+    )
+    assert {k: v for k, v in first.items() if k != "inference_mode"} == {
+        k: v for k, v in again.items() if k != "inference_mode"
+    }
+    assert (folder / "adapter/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "again/adapter_model.safetensors"
+    ).read_bytes()
+
+
+DAMAGES = {
+    "router missing": (lambda t: t.pop(next(k for k in t if "router" in k)), "is missing"),
+    "expert missing": (lambda t: t.pop(next(k for k in t if "A_ERI" in k)), "is missing"),
+    "unused tensor": (lambda t: t.update(stray=torch.zeros(1)), "stray is not used"),
+    "wrong rank": (lambda t: t.update({next(k for k in t if "A_ERI" in k): torch.zeros(3, 9, 32)}), "has shape"),
+    "NaN": (lambda t: t[next(k for k in t if "B_EOR" in k)].fill_(float("nan")), "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused_by_peft(saved, damage):
+    folder, _ = saved
+    harm, message = DAMAGES[damage]
+    file = folder / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    harm(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=message):
+        PeftModel.from_pretrained(_base(folder), str(folder / "adapter"))
+
+
+@pytest.mark.parametrize("damage", ["router missing", "expert missing", "unused tensor"])
+def test_damaged_files_are_refused_by_transformers(saved, damage):
+    folder, _ = saved
+    harm, message = DAMAGES[damage]
+    file = folder / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    harm(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=message):
+        _base(folder).load_adapter(str(folder / "adapter"))
+
+
+def test_a_newer_file_is_refused(saved):
+    folder, _ = saved
+    file = folder / "adapter/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_version": 99}))
+    with pytest.raises(ConfigError, match="newer loramix"):
+        PeftModel.from_pretrained(_base(folder), str(folder / "adapter"))
+
+
+def test_two_adapters_switch_and_delete():
+    ids = tiny.ids()
+    model = tiny.moa()
+    first = model(input_ids=ids).logits
+    torch.manual_seed(5)
+    model.add_adapter(
+        "other", LoramixConfig(experts=["x", "y"], r=2, init_lora_weights=False, target_modules=["v_proj"])
+    )
+    assert torch.equal(model(input_ids=ids).logits, first)
+    model.set_adapter("other")
+    second = model(input_ids=ids).logits
+    assert model.experts == ["x", "y"]
+    assert not torch.equal(second, first)
+    model.set_adapter("default")
+    assert torch.equal(model(input_ids=ids).logits, first)
+    with pytest.raises(ConfigError, match="one mixture at a time"):
+        model.base_model.set_adapter(["default", "other"])
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(model(input_ids=ids).logits, first)
+    assert torch.equal(model.unload()(ids).logits, tiny.llama()(ids).logits)
+
+
+def test_merging_a_routed_mixture_is_refused():
+    with pytest.raises(ConfigError, match="depends on its input"):
+        tiny.moa().merge_and_unload()
+
+
+def test_training_without_labels_is_refused():
+    model = tiny.moa().train()
+    with pytest.raises(ConfigError, match="domain_ids"):
+        model(input_ids=tiny.ids())
+
+
+def test_modules_to_save_come_back(tmp_path):
+    base = tiny.llama()
+    base.save_pretrained(tmp_path / "base")
+    model = tiny.moa(type(base).from_pretrained(tmp_path / "base").eval(), modules_to_save=["lm_head"])
+    torch.nn.init.normal_(model.get_base_model().lm_head.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(_base(tmp_path), str(tmp_path / "adapter"))
+    assert torch.equal(again(input_ids=tiny.ids()).logits, model(input_ids=tiny.ids()).logits)
+
+
+@pytest.mark.parametrize(
+    "order", ["import loramix, peft", "import peft, loramix", "import loramix; from peft import PeftConfig"]
+)
+def test_importing_loramix_is_enough(saved, order):
+    folder, _ = saved
+    code = (
+        f"{order}\nfrom peft import PeftConfig\n"
+        f"print(type(PeftConfig.from_pretrained({str(folder / 'adapter')!r})).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "LoramixConfig"
+
+
+def test_importing_loramix_alone_imports_neither_torch_nor_peft():
+    code = "import sys, loramix; print([m for m in ('torch', 'peft', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_peft_lora_still_works_beside():
+    from peft import LoraConfig
+
+    model = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert torch.equal(model.eval()(input_ids=tiny.ids()).logits, tiny.llama()(tiny.ids()).logits)
