@@ -36,7 +36,7 @@ format: install
 	$(BIN)/ruff check --fix src tests benchmarks
 
 bench: install
-	$(BIN)/python benchmarks/label_leak.py
+	$(BIN)/python benchmarks/label_leak.py runs/demo
 
 docs: install
 	$(BIN)/python -m pytest -q tests/test_docs.py

@@ -186,3 +186,67 @@ def test_peft_lora_still_works_beside():
 
     model = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert torch.equal(model.eval()(input_ids=tiny.ids()).logits, tiny.llama()(tiny.ids()).logits)
+
+
+def test_transformers_own_saving_comes_back(tmp_path):
+    base = tiny.llama()
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base").eval()
+    model.add_adapter(LoramixConfig(experts=tiny.EXPERTS, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    again = _base(tmp_path)
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(again(input_ids=tiny.ids()).logits, model.eval()(input_ids=tiny.ids()).logits)
+
+
+def test_a_copy_is_independent():
+    import copy
+
+    model = tiny.moa()
+    wanted = model(input_ids=tiny.ids()).logits
+    twin = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data.zero_()
+    assert torch.equal(twin(input_ids=tiny.ids()).logits, wanted)
+    assert twin.routings.keys() == {"layers.0", "layers.1", "layers.2"}
+    assert twin.base_model.guide is not model.base_model.guide
+
+
+def test_wrong_domain_ids_are_explained():
+    model = tiny.moa()
+    for wrong in (
+        torch.tensor([0, 1]),
+        torch.tensor([0.0, 1.0, 2.0]),
+        torch.tensor([0, 1, 3]),
+        torch.tensor([-1, 0, 0]),
+    ):
+        with pytest.raises(ConfigError, match="domain_ids"):
+            model(input_ids=tiny.ids(), domain_ids=wrong)
+
+
+def test_unknown_experts_and_contradictions_are_explained():
+    model = tiny.moa()
+    ids = tiny.ids()
+    with pytest.raises(ConfigError, match='Did you mean "green"'):
+        model.generate(input_ids=ids, expert="gren")
+    with pytest.raises(ConfigError, match="2 experts were named for 3 prompts"):
+        model.route(input_ids=ids, expert=["red", "blue"])
+    with pytest.raises(ConfigError, match="contradict"):
+        model.route(input_ids=ids, expert="red", decision="vote")
+    with pytest.raises(ConfigError, match="no expert is named"):
+        model.route(input_ids=ids, decision="pinned")
+    with pytest.raises(ConfigError, match="expected one of last"):
+        model.route(input_ids=ids, decision="best")
+    with pytest.raises(ConfigError, match="without a tokenizer"):
+        model.route(["text"])
+    with pytest.raises(ConfigError, match="nothing to route"):
+        get_peft_model(tiny.llama(), LoramixConfig(method="lora")).route(input_ids=ids)
+
+
+def test_a_filled_cache_without_its_routing_is_refused():
+    model = tiny.moa()
+    ids = tiny.ids()
+    cache = model.get_base_model()(input_ids=ids, use_cache=True).past_key_values
+    fresh = tiny.moa()
+    with pytest.raises(ConfigError, match="filled key-value cache"):
+        fresh(input_ids=ids[:, :1], past_key_values=cache, attention_mask=torch.ones(3, 11))

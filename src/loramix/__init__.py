@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from loramix.on_import import register_with_peft
 
 if TYPE_CHECKING:
+    from loramix.data.prompts import encode_prompts
     from loramix.errors import ConfigError, DataError, LoramixError, ModelError
     from loramix.methods import METHODS, Method
-    from loramix.models import load_base
+    from loramix.models import load_base, load_tokenizer
     from loramix.routing import Routing
     from loramix.tuner import LoramixConfig, LoramixModel, Route
 
@@ -30,7 +31,9 @@ _HOMES = {
     "ModelError": "loramix.errors",
     "Route": "loramix.tuner",
     "Routing": "loramix.routing",
+    "encode_prompts": "loramix.data.prompts",
     "load_base": "loramix.models",
+    "load_tokenizer": "loramix.models",
 }
 
 __all__ = [
@@ -44,7 +47,9 @@ __all__ = [
     "ModelError",
     "Route",
     "Routing",
+    "encode_prompts",
     "load_base",
+    "load_tokenizer",
 ]
 
 

@@ -75,9 +75,9 @@ class Experiment(_Section):
     """Settings of stage 1 that differ from `training`."""
     joint_stage: dict[str, Any] = Field(default_factory=dict)
     """Settings of stage 2 that differ from `training`."""
-    controls: list[Literal["single_long", "mixed"]] = Field(default_factory=list)
-    """What is trained beside the method, to compare: each single LoRA trained as long as stage 2 goes on, and one LoRA
-    on all domains for as many steps as both stages together."""
+    controls: list[Literal["base", "single_long", "mixed"]] = Field(default_factory=list)
+    """What is measured beside the method, to compare: the bare base, each single LoRA trained on for as long as stage
+    2, one LoRA trained on all domains for as long as both stages together."""
 
     def settings(self, stage: Mapping[str, Any]) -> TrainingSettings:
         """Returns the training settings of a stage, its own over the common ones."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from rich.console import Console
+from transformers import set_seed
 
 from loramix.data.prompts import encode_prompts
 from loramix.errors import ModelError
@@ -65,18 +66,17 @@ class Results:
         return content
 
 
-def run_experiment(experiment: Experiment, console: Console, *, base_too: bool = False) -> dict[str, Any]:
+def run_experiment(experiment: Experiment, console: Console) -> dict[str, Any]:
     """Trains and measures everything the experiment asks for and returns the content of results.json.
 
     Args:
         experiment: the settings.
         console: where progress is shown.
-        base_too: measure the bare base as well.
     """
     started = time.monotonic()
     prepared = prepare(experiment, console)
     results = Results()
-    if base_too:
+    if "base" in experiment.controls:
         console.print("measuring the base ...", highlight=False)
         results.rows += rows_of("base", score_domains(prepared.base, prepared.held, pad_token_id=prepared.pad))
     method = method_named(experiment.method)
@@ -138,6 +138,7 @@ def _stage(
 
 
 def _with_adapter(prepared: Prepared, experts: Sequence[str], method: str) -> PeftModel:
+    set_seed(prepared.experiment.seed)
     return get_peft_model(prepared.base, adapter_config(prepared.experiment, experts, method), adapter_name=ADAPTER)
 
 
@@ -177,15 +178,30 @@ def _train_one(prepared: Prepared, results: Results, name: str, folder: Path, se
 def _train_method(prepared: Prepared, results: Results, experts: dict[str, Expert]) -> None:
     """Stage 2: the experts side by side, with routers; measured under every decision; one answer for each domain."""
     name = prepared.experiment.method
-    model = _with_adapter(prepared, prepared.domains, name)
-    put_experts(model.get_base_model(), ADAPTER, experts)
-    results.stages["joint"] = _stage(
-        prepared, model, f"{name}: experts and routers", prepared.domains, _joint_settings(prepared)
-    )
+    model, results.stages["joint"] = train_joint(prepared, experts)
     _save(model, prepared.run.model)
     prepared.console.print(f"measuring {name} ...", highlight=False)
     measure(prepared, model, results)
     results.examples = answers(prepared, model)
+
+
+def train_joint(prepared: Prepared, experts: dict[str, Expert]) -> tuple[PeftModel, dict[str, Any]]:
+    """Returns the experiment's method trained from its experts, and what the stage saw."""
+    name = prepared.experiment.method
+    model = _with_adapter(prepared, prepared.domains, name)
+    put_experts(model.get_base_model(), ADAPTER, experts)
+    seen = _stage(prepared, model, f"{name}: experts and routers", prepared.domains, _joint_settings(prepared))
+    return model, seen
+
+
+def load_experts(prepared: Prepared) -> dict[str, Expert]:
+    """Returns the experts that stage 1 of a finished run left in its folder."""
+    experts: dict[str, Expert] = {}
+    for domain in prepared.domains:
+        model = PeftModel.from_pretrained(prepared.base, str(prepared.run.expert(domain)), adapter_name=ADAPTER)
+        experts[domain] = take_expert(model.get_base_model(), ADAPTER)
+        prepared.base = model.unload()
+    return experts
 
 
 def measure(prepared: Prepared, model: Any, results: Results) -> None:
@@ -193,11 +209,12 @@ def measure(prepared: Prepared, model: Any, results: Results) -> None:
     name = prepared.experiment.method
     routed = measure_routed(model, prepared.held, pad_token_id=prepared.pad, name=name)
     decision = model.peft_config[ADAPTER].decision
-    if decision not in routed.by_decision:
+    if decision not in routed.by_decision and decision != "pinned":
         routed.by_decision[decision] = rows_of(
             decision, score_domains(model, prepared.held, pad_token_id=prepared.pad, decision=decision)
         )
-    for label, which in (("oracle", "oracle"), ("routed", decision)):
+    named = [("oracle", "oracle")] + ([("routed", decision)] if decision != "pinned" else [])
+    for label, which in named:
         results.rows += [replace(row, model=f"{name}_{label}") for row in routed.by_decision[which]]
     results.routed = routed
 
@@ -207,7 +224,8 @@ def answers(prepared: Prepared, model: Any, most_tokens: int = 40) -> list[dict[
     shown = []
     records = {domain: some[0] for domain, some in prepared.records.items()}
     batch = encode_prompts(prepared.tokenizer, [record.prompt for record in records.values()])
-    routes = model.route(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    pinned = model.peft_config[ADAPTER].decision == "pinned"
+    routes = model.route(**batch, expert=list(records) if pinned else None)
     written = model.generate(
         **batch,
         expert=[route.expert for route in routes],

@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loramix.errors import ConfigError
+
 Level = Literal["sequence", "token"]
 
 
@@ -64,10 +66,10 @@ def copies_per_row(have: int, rows: int) -> int:
     """Returns how often each of `have` rows occurs among `rows` (beam search multiplies rows).
 
     Raises:
-        ValueError: `rows` is no multiple of `have`.
+        ConfigError: `rows` is no multiple of `have`.
     """
     if have == 0 or rows % have:
-        raise ValueError(
+        raise ConfigError(
             f"the routing was settled for {have} rows, but the model is run on {rows}. Expected the same number, or a "
             "multiple of it (beams). Route these rows anew, or pass one expert for each of them."
         )

@@ -12,7 +12,7 @@ from loramix.cli.output import print_json, progress_console, quiet_libraries, re
 
 SETTINGS: dict[str, Any] = {
     "method": "moa",
-    "controls": ["single_long", "mixed"],
+    "controls": ["base", "single_long", "mixed"],
     "data": {
         "max_train_examples": 64,
         "max_test_examples": 48,
@@ -59,7 +59,7 @@ def demo(
     if RunFolder(out).config.is_file() and RunFolder(out).log.is_file():
         shutil.rmtree(out)
     console = progress_console()
-    results = run_experiment(loaded.experiment, console, base_too=True)
+    results = run_experiment(loaded.experiment, console)
     if as_json:
         print_json(results)
         return

@@ -65,6 +65,10 @@ def show(results: dict[str, Any]) -> None:
     rows.append(["all", *(f"{results['router_accuracy_overall'][x]:.1%}" for x in decisions)])
     title = f"Router accuracy on {results['router_prompts']} held-out prompts, by decision"
     print_table(title, ["domain", *decisions], rows)
+    if results["router_accuracy_overall"]["last"] < 1:
+        counts = results["router_confusion"]["last"]
+        rows = [[d, *map(str, row)] for d, row in zip(domains, counts, strict=True)]
+        print_table("Where prompts went under the decision of the last router", ["domain", *domains], rows)
     console = result_console()
     for one in results["examples"]:
         console.print(f"\n[bold]{one['domain']}[/bold]", highlight=False)

@@ -202,7 +202,7 @@ class ForwardGuide:
         """Runs the model in evaluation mode for the sake of what its routers record in `call`."""
         mask = kwargs.get("attention_mask")
         positions = kwargs.get("position_ids")
-        if positions is None and mask is not None and mask.dim() == 2:
+        if positions is None and isinstance(mask, Tensor) and mask.dim() == 2:
             positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         reading: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
         if positions is not None:
@@ -270,5 +270,11 @@ def _checked_ids(domain_ids: Tensor, rows: int, mixture: Mixture, device: torch.
         raise ConfigError(
             f"domain_ids has shape {tuple(domain_ids.shape)} and type {domain_ids.dtype}. Expected int64 ({rows},): "
             f"one position among the {len(experts)} experts for each row."
+        )
+    # On an accelerator looking at the values would make every step wait for them; there the gather itself complains.
+    if domain_ids.device.type == "cpu" and not bool(((domain_ids >= 0) & (domain_ids < len(experts))).all()):
+        raise ConfigError(
+            f"domain_ids = {domain_ids.tolist()}: expected positions from 0 to {len(experts) - 1} "
+            f"({', '.join(experts)})."
         )
     return domain_ids.to(device)

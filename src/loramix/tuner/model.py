@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,8 +14,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import Tensor, nn
 
-from loramix.data.prompts import encode_prompts
-from loramix.errors import ConfigError, did_you_mean
+from loramix.errors import ConfigError
 from loramix.methods import method_named
 from loramix.models.targets import check_targets, doors, layer_of
 from loramix.routing import Call, Routing
@@ -26,7 +25,7 @@ from loramix.tuner.guide import ForwardGuide, Mixture
 from loramix.tuner.layer import LoramixLinear, Place
 from loramix.tuner.persistence import check_tensors
 from loramix.tuner.registration import PREFIX
-from loramix.tuner.routes import Route, pinned_route, routes_from
+from loramix.tuner.routes import Route, batches, pinned_route, positions, routes_from
 
 
 class LoramixModel(BaseTuner):
@@ -175,7 +174,7 @@ class LoramixModel(BaseTuner):
         """
         mixture = self._mixture()
         routes: list[Route] = []
-        for ids_BT, mask_BT in _batches(prompts, tokenizer, input_ids, attention_mask, batch_size):
+        for ids_BT, mask_BT in batches(prompts, tokenizer, input_ids, attention_mask, batch_size):
             start, rows = len(routes), len(ids_BT)
             named = expert if expert is None or isinstance(expert, str) else expert[start : start + rows]
             kwargs = {"attention_mask": mask_BT.to(self.model.device)}
@@ -197,7 +196,7 @@ class LoramixModel(BaseTuner):
             if decision not in (None, "pinned"):
                 raise ConfigError(f"decision = {decision!r} and expert = {expert!r} contradict each other. Pass one.")
             names = [expert] * rows if isinstance(expert, str) else list(expert)
-            ids = _positions(names, experts, rows)
+            ids = positions(names, experts, rows)
             return [pinned_route(name, experts) for name in names], torch.tensor(ids, device=inputs.device)
         decision = decision or mixture.config.decision or "last"
         if problem := decision_problem(decision):
@@ -270,35 +269,3 @@ def _inside_adapter(model: nn.Module, name: str) -> bool:
             return True
         parent = parent.rpartition(".")[0]
     return False
-
-
-def _positions(names: Sequence[str], experts: Sequence[str], rows: int) -> list[int]:
-    for name in names:
-        if name not in experts:
-            raise ConfigError(
-                f"expert = {name!r}: no such expert. Expected one of {', '.join(experts)}.{did_you_mean(name, experts)}"
-            )
-    if len(names) != rows:
-        raise ConfigError(f"{len(names)} experts were named for {rows} prompts. Name one, or one for each prompt.")
-    return [experts.index(name) for name in names]
-
-
-def _batches(
-    prompts: str | Sequence[str] | None,
-    tokenizer: Any,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    batch_size: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields batches of (ids, mask) from texts or from tensors."""
-    if input_ids is not None:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        for start in range(0, len(input_ids), batch_size):
-            yield input_ids[start : start + batch_size], mask[start : start + batch_size]
-        return
-    if prompts is None or tokenizer is None:
-        raise ConfigError("route was given texts without a tokenizer. Pass tokenizer=..., or input_ids.")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    for start in range(0, len(texts), batch_size):
-        encoded = encode_prompts(tokenizer, texts[start : start + batch_size])
-        yield encoded["input_ids"], encoded["attention_mask"]

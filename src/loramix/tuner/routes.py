@@ -1,10 +1,16 @@
-"""What `route` returns: for each prompt, which expert answers and why."""
+"""What `route` takes and returns: prompts in, and for each of them which expert answers and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from loramix.data.prompts import encode_prompts
+from loramix.errors import ConfigError, did_you_mean
 from loramix.routing import Routing
 from loramix.tuner.decisions import settle
 
@@ -48,3 +54,40 @@ def routes_from(routings: Mapping[str, Routing], decision: str, experts: Sequenc
 def pinned_route(expert: str, experts: Sequence[str]) -> Route:
     """Returns the route of a prompt whose expert the caller names."""
     return Route(expert, "pinned", {name: float(name == expert) for name in experts}, votes={})
+
+
+def positions(names: Sequence[str], experts: Sequence[str], rows: int) -> list[int]:
+    """Returns the positions of named experts, one for each of `rows` prompts.
+
+    Raises:
+        ConfigError: an unknown name, or another number of names than rows.
+    """
+    for name in names:
+        if name not in experts:
+            raise ConfigError(
+                f"expert = {name!r}: no such expert. Expected one of {', '.join(experts)}.{did_you_mean(name, experts)}"
+            )
+    if len(names) != rows:
+        raise ConfigError(f"{len(names)} experts were named for {rows} prompts. Name one, or one for each prompt.")
+    return [experts.index(name) for name in names]
+
+
+def batches(
+    prompts: str | Sequence[str] | None,
+    tokenizer: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields batches of (ids, mask) from texts or from tensors."""
+    if input_ids is not None:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        for start in range(0, len(input_ids), batch_size):
+            yield input_ids[start : start + batch_size], mask[start : start + batch_size]
+        return
+    if prompts is None or tokenizer is None:
+        raise ConfigError("route was given texts without a tokenizer. Pass tokenizer=..., or input_ids.")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for start in range(0, len(texts), batch_size):
+        encoded = encode_prompts(tokenizer, texts[start : start + batch_size])
+        yield encoded["input_ids"], encoded["attention_mask"]
