@@ -27,7 +27,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "controls": ["single_long", "mixed"],
         "data": {"domains": tiny.toy_domains(folder / "data"), "max_length": 64},
         "adapter": {"r": 4, "router": {"pooling": "mean"}},
-        "training": {"num_train_epochs": 2, "learning_rate": 1e-2, "router_learning_rate": 3e-2, "logging_steps": 5},
+        "training": {"num_train_epochs": 4, "learning_rate": 1e-2, "router_learning_rate": 3e-2, "logging_steps": 5},
     }
     (folder / "toy.yaml").write_text(yaml.safe_dump(settings))
     return folder
@@ -44,7 +44,7 @@ def test_train_leaves_a_whole_run(trained: Path):
     models = {row["model"] for row in results["rows"]}
     assert models == {"single", "single_long", "mixed", "moa_oracle", "moa_routed"}
     assert all(row["perplexity"] > 1 and row["tokens"] > 0 for row in results["rows"])
-    assert set(results["router_accuracy"]) == {"adds", "greets", "spells"}
+    assert set(results["router_accuracy"]) == {"adds", "greets", "shouts"}
     assert results["router_accuracy_overall"]["last"] > 0.9
     assert len(results["examples"]) == 3
     for name in ("config.yaml", "environment.json", "data.json", "log.jsonl", "model/adapter_model.safetensors"):
@@ -53,11 +53,10 @@ def test_train_leaves_a_whole_run(trained: Path):
         assert (trained / kind / "adds" / "adapter_config.json").is_file()
 
 
-def test_training_pays(trained: Path):
-    """The stage-2 mixture under its own routing beats the expert it started from, on average."""
-    rows = json.loads((trained / "results.json").read_text())["rows"]
-    mean = lambda name: sum(r["perplexity"] for r in rows if r["model"] == name) / 3  # noqa: E731
-    assert mean("moa_routed") < mean("single")
+def test_stage_two_goes_on_from_where_stage_one_ended(trained: Path):
+    stages = json.loads((trained / "results.json").read_text())["stages"]
+    alone = [stages[f"expert {domain}"]["loss"] for domain in ("adds", "greets", "shouts")]
+    assert stages["joint"]["loss"] < sum(alone) / 3
 
 
 def test_eval_gives_what_train_gave(trained: Path, capsys):
@@ -72,18 +71,18 @@ def test_eval_gives_what_train_gave(trained: Path, capsys):
 
 
 def test_route_names_the_expert(trained: Path, capsys):
-    assert run(["route", str(trained), "--text", "spell abcd", "-t", "hi abcd", "--json"]) == 0
+    assert run(["route", str(trained), "--text", "QRSTWXYZQRSTWZYX", "-t", "abcdefgabcdefgab", "--json"]) == 0
     routes = json.loads(capsys.readouterr().out)
-    assert [route["expert"] for route in routes] == ["spells", "greets"]
-    assert run(["route", str(trained), "--text", "spell abcd", "--decision", "vote"]) == 0
-    assert "-> spells (by vote)" in capsys.readouterr().out
+    assert [route["expert"] for route in routes] == ["shouts", "greets"]
+    assert run(["route", str(trained), "--text", "QRSTWXYZQRSTWZYX", "--decision", "vote"]) == 0
+    assert "-> shouts (by vote)" in capsys.readouterr().out
 
 
 def test_chat_answers_and_says_who(trained: Path, capsys, monkeypatch):
-    lines = iter(["spell abcd", ""])
+    lines = iter(["QRSTWXYZQRSTWZYX", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     assert run(["chat", str(trained), "--max-new-tokens", "5"]) == 0
-    assert "[spells" in capsys.readouterr().out
+    assert "[shouts" in capsys.readouterr().out
 
 
 def test_a_second_run_in_the_same_folder_is_refused(project: Path, trained: Path, capsys):

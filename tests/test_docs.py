@@ -36,7 +36,9 @@ def test_verbs_exist():
 
     verbs = set(get_command(app).commands)
     for page in PAGES:
-        for verb in re.findall(r"(?:^|`)loramix ([a-z]+)", page.read_text(), re.MULTILINE):
+        blocks = re.findall(r"```\n(.*?)```|`([^`\n]+)`", page.read_text(), re.DOTALL)
+        commands = "\n".join(block or inline for block, inline in blocks)
+        for verb in re.findall(r"^loramix ([a-z]+)", commands, re.MULTILINE):
             assert verb in verbs, f"{page.name}: loramix {verb}"
 
 

@@ -28,8 +28,9 @@ def _examples(count: int = 4) -> list[Example]:
     examples = []
     for number in range(count):
         length, prompt = 6 + number, 2 + number % 3
-        tokens = torch.randint(3, 64, (length,), generator=made).tolist()
-        examples.append(Example(Encoded(tokens, [i >= prompt for i in range(length)], prompt), number % 3))
+        domain = number % 3
+        tokens = torch.randint(3 + 20 * domain, 23 + 20 * domain, (length,), generator=made).tolist()
+        examples.append(Example(Encoded(tokens, [i >= prompt for i in range(length)], prompt), domain))
     return examples
 
 
@@ -98,6 +99,11 @@ def test_loss_is_the_plain_definition():
 
 
 def _stage(tmp_path: Path, model, steps: int, **settings: object) -> dict:
+    with (tmp_path / "screen.txt").open("w") as screen:
+        return _stage_on(screen, tmp_path, model, steps, settings)
+
+
+def _stage_on(screen, tmp_path: Path, model, steps: int, settings: dict) -> dict:
     return train_stage(
         model,
         {name: [e for e in _examples(24) if e.domain_id == i] for i, name in enumerate(tiny.EXPERTS)},
@@ -108,7 +114,7 @@ def _stage(tmp_path: Path, model, steps: int, **settings: object) -> dict:
         pad_token_id=tiny.PAD,
         output_dir=tmp_path,
         log_file=tmp_path / "log.jsonl",
-        console=Console(file=(tmp_path / "screen.txt").open("w"), width=200),
+        console=Console(file=screen, width=200),
         auxiliary=["routing_cross_entropy"],
     )
 

@@ -83,16 +83,16 @@ def save_base(folder: Path) -> Path:
 
 
 def toy_domains(folder: Path, train: int = 24, test: int = 8) -> dict[str, str]:
-    """Three domains that any reader tells apart by their first letters, as folders with train and test files."""
+    """Three domains in alphabets of their own, as folders with train and test files."""
     pick = random.Random(0)
-    kinds = {"adds": ("+", "sum "), "greets": ("hi ", "hello "), "spells": ("spell ", "letters ")}
-    for domain, (opening, reply) in kinds.items():
+    kinds = {"adds": "0123456789+", "greets": "abcdefghij ", "shouts": "QRSTUVWXYZ!"}
+    for domain, letters in kinds.items():
         (folder / domain).mkdir(parents=True)
         for split, count in (("train", train), ("test", test)):
             rows = []
             for number in range(count):
-                word = "".join(pick.choices("abcdefgh", k=4)) + f"{split[0]}{number}"
-                rows.append({"prompt": opening + word, "completion": reply + word[:2]})
+                word = "".join(pick.choices(letters, k=24))
+                rows.append({"prompt": f"{word}{split[0]}{number}", "completion": letters[:3] + word[:2]})
             text = "\n".join(map(json.dumps, rows))
             (folder / domain / f"{split}.jsonl").write_text(text + "\n", encoding="utf-8")
     return {domain: str(folder / domain) for domain in kinds}

@@ -260,11 +260,12 @@ def _contradictions(experiment: Experiment) -> list[str]:
         )
     if data.mixing != "weights" and data.mixing_weights is not None:
         found.append(f"data.mixing_weights is set, but data.mixing = {data.mixing!r}. Set data.mixing to weights.")
-    if method is not None:
-        try:
-            adapter_config(experiment, ["one", "two"] if method.expert_count == "one per domain" else ["one"])
-        except LoramixError as error:
-            found += [line.strip() for line in str(error).splitlines()[1:]]
+    # An unknown method is reported above; the adapter's own numbers are checked all the same, as if it were LoRA.
+    experts = ["one", "two"] if method is not None and method.expert_count == "one per domain" else ["one"]
+    try:
+        adapter_config(experiment, experts, method=None if method is not None else "lora")
+    except LoramixError as error:
+        found += [line.strip() for line in str(error).splitlines()[1:]]
     return found
 
 

@@ -115,6 +115,10 @@ class RoutingContext:
     def __init__(self) -> None:
         self.call: Call | None = None
 
+    def __getstate__(self) -> dict[str, None]:
+        """A copy of a model starts without a call: a call's tensors belong to the forward they came from."""
+        return {"call": None}
+
     def current(self) -> Call:
         """Returns the open call.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 
 from loramix import __version__
@@ -49,13 +48,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except LoramixError as error:
         return fail(str(error), error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 0
-    except click.ClickException as error:
-        error.show()
-        return EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted.", EXIT_INTERRUPTED)
     except MemoryError:
         return fail(_NO_MEMORY, EXIT_OUT_OF_MEMORY)
@@ -63,6 +56,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return fail(_NO_MEMORY, EXIT_OUT_OF_MEMORY)
         raise
+    except Exception as error:
+        # A usage error of the parser. Typer has no public name for it, and carries its own copy of click since 0.20.
+        if not hasattr(error, "format_message"):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        return EXIT_USAGE
 
 
 _NO_MEMORY = (

@@ -83,7 +83,7 @@ def read_domains(
         if held is None:
             count = max(1, round(len(shuffled) * test_fraction))
             held, shuffled = shuffled[:count], shuffled[count:]
-            if not shuffled:
+            if not shuffled and not problems:
                 problems.add(f"domain {domain!r} has one row; it needs at least two, one to train and one to test.")
         splits[domain] = Split(shuffled[:max_train_examples], held[:max_test_examples])
     problems.raise_as(DataError)

@@ -14,8 +14,9 @@ from torch.utils.data import Sampler
 
 Mixing = Literal["proportional", "uniform", "temperature", "weights"]
 
-WINDOW = 16
-"""Batches sorted by length together: less padding, and still a random order beyond the window."""
+WINDOW = 4
+"""Batches sorted by length together. Larger windows pad less, but lengths go by domain: a batch then holds one domain,
+and routers see one label at a time and learn slowly (docs/log.md, 2026-11-22)."""
 
 
 def domain_shares(
