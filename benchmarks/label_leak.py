@@ -63,7 +63,7 @@ def main() -> None:
     from rich.console import Console
 
     from loramix.experiment import load
-    from loramix.pipeline import load_experts
+    from loramix.opening import load_experts
     from loramix.preparation import prepare
     from loramix.run_folder import RunFolder
 

@@ -16,7 +16,7 @@ def _gradients(model, *, forwards: int) -> tuple[torch.Tensor, dict[str, torch.T
     for turn in range(forwards):
         ids = tiny.ids(3, 8) if turn == 0 else tiny.ids(3, 8).flip(0)
         labels = torch.tensor([turn, (turn + 1) % 3, 2])
-        out = model(input_ids=ids, labels=ids, domain_ids=labels)
+        out = model(input_ids=ids, labels=tiny.labels(ids), domain_ids=labels)
         total = total + out.loss + 0.5 * routing_cross_entropy(model.routings, labels).sum()
     total.backward()
     return total.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -48,7 +48,7 @@ def test_layers_really_run_twice():
     ran = []
     model.get_base_model().model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: ran.append(1))
     ids, labels = tiny.ids(), torch.tensor([0, 1, 2])
-    out = model(input_ids=ids, labels=ids, domain_ids=labels)
+    out = model(input_ids=ids, labels=tiny.labels(ids), domain_ids=labels)
     before = len(ran)
     out.loss.backward()
     assert len(ran) == before + 1

@@ -60,7 +60,6 @@ def test_stage_two_goes_on_from_where_stage_one_ended(trained: Path):
         alone = [e[key] for e in entries if e["stage"] == f"expert {domain}" and key in e]
         joint = [e[key] for e in entries if e["stage"].startswith("moa") and key in e]
         assert joint[0] < alone[0], "stage 2 started from fresh experts"
-        assert joint[-1] < alone[-1] + 0.05
 
 
 def test_eval_gives_what_train_gave(trained: Path, capsys):
@@ -83,10 +82,10 @@ def test_route_names_the_expert(trained: Path, capsys):
 
 
 def test_chat_answers_and_says_who(trained: Path, capsys, monkeypatch):
-    lines = iter(["QRSTWXYZQRSTWZYX", ""])
+    lines = iter(["QRSTWXYZQRSTWZYX", "QRSTQRST", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     assert run(["chat", str(trained), "--max-new-tokens", "5"]) == 0
-    assert "[shouts" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("[shouts") == 2
 
 
 def test_a_second_run_in_the_same_folder_is_refused(project: Path, trained: Path, capsys):
@@ -94,13 +93,16 @@ def test_a_second_run_in_the_same_folder_is_refused(project: Path, trained: Path
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_lora_alone(project: Path, tmp_path: Path, capsys):
+def test_lora_alone(project: Path, tmp_path: Path, capsys, monkeypatch):
     out = f"output_dir={tmp_path / 'lora'}"
     router = ["adapter.router=null", "controls=[]", "max_steps=2"]
     assert run(["train", str(project / "toy.yaml"), out, "method=lora", *router, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert {row["model"] for row in results["rows"]} == {"mixed"}
     assert run(["eval", str(tmp_path / "lora"), "--json"]) == 0
+    lines = iter(["hi", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert run(["chat", str(tmp_path / "lora"), "--max-new-tokens", "3"]) == 0
 
 
 def test_demo_writes_the_rows_that_were_promised(project: Path, tmp_path: Path, monkeypatch, capsys):
@@ -151,14 +153,14 @@ def test_bad_input_gives_one_clear_message_and_writes_nothing(project: Path, tmp
         ({"model_name_or_path": "nobody/nothing"}, 4, "could not be loaded"),
         ({"data": {"max_length": 8}}, 3, "no training example left within max_length = 8"),
         ({"adapter": {"target_modules": ["q_porj"]}}, 4, 'Did you mean "q_proj"'),
+        ({"adapter": {"decision": "layer:9"}}, 2, "no router in layer 9"),
     ]
     for changes, code, message in cases:
         assert run(["train", _yaml(project, tmp_path, **changes)]) == code, message
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
-        if "target_modules" not in str(changes):
-            assert not (tmp_path / "out").exists(), message
+        assert not (tmp_path / "out").exists(), message
 
 
 def test_two_mistakes_are_reported_at_once(project: Path, tmp_path: Path, capsys):
@@ -215,3 +217,29 @@ def test_help_is_instant_and_imports_no_torch():
     assert command
     assert done.stdout.strip().endswith("False")
     assert min(seconds) < 0.5
+
+
+def test_demo_never_replaces_another_run(project: Path, trained: Path, tmp_path: Path, monkeypatch, capsys):
+    from loramix.data import demo as demo_module
+
+    folder = Path(yaml.safe_load((project / "toy.yaml").read_text())["data"]["domains"]["adds"])
+    monkeypatch.setattr(demo_module, "demo_data", lambda: {"one": folder, "two": folder})
+    assert run(["demo", "--out", str(trained), f"model_name_or_path={project / 'base'}"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (trained / "model").is_dir()
+
+
+def test_a_damaged_adapter_is_refused_in_one_line(trained: Path, tmp_path: Path, capsys):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    file = copy / "model" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert run(["route", str(copy), "--text", "x"]) == 4
+    assert "cannot be read" in capsys.readouterr().err
+    file.unlink()
+    assert run(["route", str(copy), "--text", "x"]) == 4
+    (copy / "model" / "adapter_config.json").unlink()
+    assert run(["eval", str(copy)]) == 4
+    assert "no trained model" in capsys.readouterr().err

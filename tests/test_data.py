@@ -63,6 +63,26 @@ MALFORMED = {
     "number for text": ("bad.jsonl", '{"prompt": 3, "completion": "c"}\n', ':1: "prompt" is int, expected text'),
     "wrong role": ("bad.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}\n', "expected one of system"),
     "no assistant": ("bad.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no assistant turn"),
+    "role that is a list": (
+        "bad.jsonl",
+        '{"messages": [{"role": ["user"], "content": "x"}]}\n',
+        "expected one of system",
+    ),
+    "assistant first": (
+        "bad.jsonl",
+        '{"messages": [{"role": "assistant", "content": "x"}]}\n',
+        "begins with an assistant",
+    ),
+    "tools that are words": (
+        "bad.jsonl",
+        '{"prompt": "p", "completion": "c", "tools": ["x"]}\n',
+        "not a list of objects",
+    ),
+    "label that is a path": (
+        "bad.jsonl",
+        '{"prompt": "p", "completion": "c", "domain": "../x"}\n',
+        "no name for a domain",
+    ),
     "latin-1": ("bad.jsonl", GOOD.encode() + b'{"prompt": "\xe9", "completion": "c"}\n', ":2: is not UTF-8"),
     "deep nesting": ("bad.jsonl", "[" * 100_000 + "\n", ":1: is not JSON: nested too deep"),
     "csv with a missing field": ("bad.csv", "prompt,completion\np,c\nq\n", ":3: has 1 fields, expected 2"),
@@ -77,8 +97,9 @@ MALFORMED = {
 def test_malformed_files_are_named_by_file_and_line(what, tmp_path):
     name, text, expected = MALFORMED[what]
     path = _write(tmp_path, name, text)
+    labelled = path if "label" in what else None
     with pytest.raises(DataError) as caught:
-        read_domains({"d": path})
+        read_domains({} if labelled else {"d": path}, labelled=labelled)
     assert f"{path}{expected}" in str(caught.value) or expected in str(caught.value)
     assert path in str(caught.value)
 
@@ -163,6 +184,30 @@ def test_every_assistant_turn_is_supervised_and_the_prompt_ends_at_the_first():
     assert tokenizer.decode(learned) == "1<|im_end|>2<|im_end|>"
     first = encode_prompts(tokenizer, [[Message("user", "one")]])["input_ids"][0].tolist()
     assert encoded.input_ids[: encoded.prompt_length] == first
+
+
+def test_a_turn_may_end_with_another_token_than_the_tokenizers_end():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    encoded = encode(tokenizer, to_record(row, "file:1", "d", None))
+    learned = [i for i, s in zip(encoded.input_ids, encoded.supervised, strict=True) if s]
+    assert tokenizer.decode(learned) == "1</turn><|im_end|>2</turn><|im_end|>"
+
+
+def test_what_the_template_refuses_is_named(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system turns here') }}"
+    with pytest.raises(DataError, match="file:1: the base's chat template cannot render it: no system turns here"):
+        encode_domain(tokenizer, [to_record(ROWS["messages"], "file:1", "d", None)], 0, max_length=99)
+
+
+def test_tools_as_text_reach_the_record():
+    assert to_record({**ROWS["messages"], "tools": '[{"name": "f"}]'}, "f:1", "d", None).tools == ({"name": "f"},)
 
 
 def test_tokenizer_without_a_template():

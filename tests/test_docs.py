@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loramix.experiment import AdapterSettings, DataSettings, Experiment
+from loramix.settings import AdapterSettings, DataSettings, Experiment
 from loramix.training.settings import TrainingSettings
 from tests import tiny
 

@@ -78,6 +78,16 @@ MISTAKES = {
         {"data": {**GOOD["data"], "mixing": "weights", "mixing_weights": {"z": 1}}},
         "expected the domains",
     ),
+    "negative weight": (
+        {"data": {**GOOD["data"], "mixing": "weights", "mixing_weights": {"a": -1, "b": 1}}},
+        "expected 0 or more each",
+    ),
+    "name that is a path": ({"data": {"domains": {"../a": "a.jsonl", "b": "b.jsonl"}}}, "no name for a domain"),
+    "no learning rate": ({"training": {"learning_rate": -1}}, "learning_rate = -1.0: expected more than 0"),
+    "unknown schedule": ({"joint_stage": {"lr_scheduler_type": "cosin"}}, 'Did you mean "cosine"'),
+    "no batch": ({"training": {"per_device_train_batch_size": 0}}, "expected at least 1"),
+    "infinite steps": ({"training": {"max_steps": float("inf")}}, "training.max_steps = inf"),
+    "controls of a control": ({"method": "lora", "controls": ["mixed"]}, "is its own control"),
     "weights unused": ({"data": {**GOOD["data"], "mixing_weights": {"a": 1, "b": 1}}}, "Set data.mixing to weights"),
 }
 

@@ -20,8 +20,10 @@ FLOORS = [
     {"methods", "models"},
     {"tuner"},
     {"training", "evaluation"},
+    {"settings"},
     {"experiment"},
     {"preparation"},
+    {"opening"},
     {"pipeline"},
     {"cli"},
 ]

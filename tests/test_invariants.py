@@ -191,3 +191,39 @@ def test_disabled_adapter_is_the_base_and_routes_nothing():
     with model.disable_adapter():
         assert torch.equal(model(input_ids=ids).logits, tiny.llama()(ids).logits)
     assert not torch.equal(model(input_ids=ids).logits, tiny.llama()(ids).logits)
+
+
+def test_a_bfloat16_base_keeps_its_type_and_starts_as_itself():
+    ids = tiny.ids()
+    wanted = tiny.llama().to(torch.bfloat16)(ids).logits
+    model = get_peft_model(tiny.llama().to(torch.bfloat16), LoramixConfig(experts=tiny.EXPERTS)).eval()
+    got = model(input_ids=ids).logits
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, wanted)
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "loramix_" in n)
+
+
+def test_decoding_follows_the_cache_it_goes_on_with():
+    model = tiny.moa()
+    first, second = tiny.ids(1, 7), tiny.ids(6, 7)[5:]
+    assert model.route(input_ids=first)[0].expert != model.route(input_ids=second)[0].expert
+
+    def step(cache, token):
+        return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    token = torch.tensor([[9]])
+    cache = model(input_ids=first, use_cache=True).past_key_values
+    wanted = step(cache, token)
+    cache = model(input_ids=first, use_cache=True).past_key_values
+    model(input_ids=second, use_cache=True)
+    assert torch.equal(step(cache, token), wanted)
+
+
+def test_generating_on_a_filled_cache_keeps_its_experts():
+    model = tiny.moa()
+    ids = tiny.ids(1, 7)
+    expert = next(e for e in tiny.EXPERTS if e != model.route(input_ids=ids)[0].expert)
+    label = torch.tensor([tiny.EXPERTS.index(expert)])
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": tiny.PAD}
+    cache = model(input_ids=ids[:, :6], domain_ids=label, use_cache=True).past_key_values
+    assert torch.equal(model.generate(ids, past_key_values=cache, **how), model.generate(ids, expert=expert, **how))

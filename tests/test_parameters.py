@@ -9,6 +9,7 @@ from torch import nn
 
 from loramix import LoramixConfig, ModelError
 from loramix.models.targets import doors, layer_of
+from loramix.tuner import check_fit
 from tests import tiny
 
 
@@ -91,3 +92,21 @@ def test_router_sits_at_the_first_module_that_runs():
     stored_order = ["layers.0.self_attn.o_proj", "layers.0.self_attn.qkv_proj", "layers.0.mlp.down_proj"]
     assert doors(stored_order) == {"layers.0": "layers.0.self_attn.qkv_proj"}
     assert doors(["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]) == {"layers.0": "layers.0.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 2], 2])
+def test_layers_of_all_linears(layers):
+    model = tiny.moa(layers_to_transform=layers)
+    wanted = {f"layers.{n}" for n in ([layers] if isinstance(layers, int) else layers)}
+    assert {row.scope for row in model.adapted_modules()} == wanted
+    assert len(model.adapted_modules()) == 7 * len(wanted)
+    assert set(model.route(input_ids=tiny.ids(), decision="vote")[0].votes) == wanted
+
+
+def test_selecting_nothing_is_refused():
+    with pytest.raises(ModelError, match="layers 0 to 2"):
+        tiny.moa(layers_to_transform=[99])
+    with pytest.raises(ModelError, match="no regular expression"):
+        check_fit(tiny.llama(), LoramixConfig(experts=tiny.EXPERTS, target_modules="q_proj|("))
+    with pytest.raises(ModelError, match="selects no module"):
+        tiny.moa(target_modules=["q_proj"], exclude_modules=["q_proj"])

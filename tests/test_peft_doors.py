@@ -58,7 +58,7 @@ def test_transformers_door_generates_as_pefts(saved):
 def test_transformers_add_adapter_trains(saved):
     model = tiny.llama().train()
     model.add_adapter(LoramixConfig(experts=tiny.EXPERTS, init_lora_weights=False))
-    out = model(input_ids=tiny.ids(), labels=tiny.ids(), domain_ids=torch.tensor([0, 1, 2]))
+    out = model(input_ids=tiny.ids(), labels=tiny.labels(tiny.ids()), domain_ids=torch.tensor([0, 1, 2]))
     out.loss.backward()
     assert sum(p.grad.abs().sum() > 0 for p in model.parameters() if p.grad is not None) > 0
 
@@ -98,7 +98,7 @@ def test_damaged_files_are_refused_by_peft(saved, damage):
         PeftModel.from_pretrained(_base(folder), str(folder / "adapter"))
 
 
-@pytest.mark.parametrize("damage", ["router missing", "expert missing", "unused tensor"])
+@pytest.mark.parametrize("damage", ["router missing", "expert missing", "unused tensor", "NaN"])
 def test_damaged_files_are_refused_by_transformers(saved, damage):
     folder, _ = saved
     harm, message = DAMAGES[damage]
@@ -162,17 +162,34 @@ def test_modules_to_save_come_back(tmp_path):
     assert torch.equal(again(input_ids=tiny.ids()).logits, model(input_ids=tiny.ids()).logits)
 
 
-@pytest.mark.parametrize(
-    "order", ["import loramix, peft", "import peft, loramix", "import loramix; from peft import PeftConfig"]
-)
+ORDERS = {
+    "loramix first": "import loramix, peft",
+    "peft first": "import peft, loramix",
+    "transformers in between": "import loramix; from transformers import Trainer; import peft",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_importing_loramix_is_enough(saved, order):
     folder, _ = saved
     code = (
-        f"{order}\nfrom peft import PeftConfig\n"
+        f"{ORDERS[order]}\nfrom peft import PeftConfig\n"
         f"print(type(PeftConfig.from_pretrained({str(folder / 'adapter')!r})).__name__)"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "LoramixConfig"
+
+
+def test_importing_loramix_is_enough_for_transformers_alone(saved):
+    folder, _ = saved
+    code = (
+        "import loramix\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder / 'base')!r})\n"
+        f"model.load_adapter({str(folder / 'adapter')!r})\n"
+        f"print(len(AutoModelForCausalLM.from_pretrained({str(folder / 'adapter')!r}).loramix_guide.mixtures))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
 
 
 def test_importing_loramix_alone_imports_neither_torch_nor_peft():
@@ -250,3 +267,33 @@ def test_a_filled_cache_without_its_routing_is_refused():
     fresh = tiny.moa()
     with pytest.raises(ConfigError, match="filled key-value cache"):
         fresh(input_ids=ids[:, :1], past_key_values=cache, attention_mask=torch.ones(3, 11))
+
+
+def test_an_adapter_may_be_named_like_a_part_of_the_base(saved):
+    folder, wanted = saved
+    model = PeftModel.from_pretrained(_base(folder), str(folder / "adapter"))
+    model.load_adapter(str(folder / "adapter"), adapter_name="layers")
+    model.set_adapter("layers")
+    assert torch.equal(model(input_ids=tiny.ids()).logits, wanted)
+
+
+def test_labels_without_a_prompt_are_refused():
+    ids = tiny.ids()
+    model = tiny.moa().train()
+    how = {"input_ids": ids, "labels": ids, "domain_ids": torch.tensor([0, 1, 2])}
+    with pytest.raises(ConfigError, match="supervised from its first token"):
+        model(**how)
+    model(**how, prompt_mask=torch.arange(10)[None].expand(3, 10) < 4)
+
+
+def test_generate_attaches_experts_to_embeddings_and_refuses_what_it_cannot_attach():
+    model = tiny.moa()
+    embedded = model.get_base_model().get_input_embeddings()(tiny.ids())
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": tiny.PAD}
+    red = model.generate(input_ids=None, inputs_embeds=embedded, expert="red", **how)
+    blue = model.generate(inputs_embeds=embedded, expert="blue", **how)
+    assert not torch.equal(red, blue)
+    with pytest.raises(ConfigError, match="no prompt"):
+        model.generate(expert="red", **how)
+    with pytest.raises(ConfigError, match="domain_ids"):
+        model.generate(tiny.ids(), domain_ids=torch.tensor([0, 1, 7]), **how)

@@ -59,6 +59,11 @@ def ids(rows: int = 3, length: int = 10, vocab: int = 64) -> torch.Tensor:
     return torch.randint(3, vocab, (rows, length), generator=generator)
 
 
+def labels(token_ids: torch.Tensor, prompt: int = 3) -> torch.Tensor:
+    """Labels that supervise all but the first tokens."""
+    return token_ids.masked_fill(torch.arange(token_ids.shape[1]) < prompt, -100)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Every byte a token, after the special ones."""
     specials = ["<|pad|>", "<|im_start|>", "<|im_end|>"]

@@ -52,10 +52,12 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
     except OSError as error:
         raise LoramixError(
-            f"the cache folder {folder.parent} cannot be made ({error.strerror}). Set LORAMIX_CACHE to a folder that "
-            "can be written."
+            f"the cache folder {folder.parent} cannot be written ({error.strerror}). Set LORAMIX_CACHE to a folder "
+            "that can be written."
         ) from error
     with FileLock(folder.with_suffix(folder.suffix + ".lock")):
         if is_complete(folder):

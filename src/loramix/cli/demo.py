@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,15 +48,15 @@ def demo(
     quiet_libraries()
     from loramix.cli.train import show
     from loramix.data.demo import demo_data
-    from loramix.experiment import build
+    from loramix.experiment import build, load
     from loramix.pipeline import run_experiment
     from loramix.run_folder import RunFolder
 
     domains = {domain: str(folder) for domain, folder in demo_data().items()}
     settings = {"output_dir": str(out), **SETTINGS, "data": {"domains": domains, **SETTINGS["data"]}}
     loaded = build(settings, overrides or [], where="the demo's settings")
-    if RunFolder(out).config.is_file() and RunFolder(out).log.is_file():
-        shutil.rmtree(out)
+    if RunFolder(out).config.is_file() and set(load(RunFolder(out).config).experiment.data.domains) == set(domains):
+        RunFolder(out).clear()
     console = progress_console()
     results = run_experiment(loaded.experiment, console)
     if as_json:

@@ -27,7 +27,7 @@ def route(
 ) -> None:
     quiet_libraries()
     from loramix.experiment import load
-    from loramix.pipeline import open_model
+    from loramix.opening import open_model
     from loramix.run_folder import RunFolder
 
     folder = RunFolder.opened(run)

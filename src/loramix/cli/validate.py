@@ -1,4 +1,4 @@
-"""`loramix validate CONFIG`: everything that can be known to be wrong before a run, without running."""
+"""`loramix validate CONFIG`: checks settings and data; what needs the base is checked when training starts."""
 
 from __future__ import annotations
 

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from loramix.data.prompts import Encoded
+from loramix.data.records import Record
 from loramix.labels import IGNORED
 
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded record and the position of its domain among the experts."""
+    """An encoded record, the position of its domain among the experts, and the record itself, for showing."""
 
     encoded: Encoded
     domain_id: int
+    record: Record | None = None
 
     @property
     def length(self) -> int:

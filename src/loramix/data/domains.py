@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from jinja2 import TemplateError
 
 from loramix.data.collation import Example
 from loramix.data.prompts import Encoded, encode
@@ -63,18 +66,11 @@ def read_domains(
     if labelled is not None:
         found = _by_label(labelled, tuple(sources), domain_column, problems)
     else:
-        found = {
-            domain: (
-                read_source(source, "train", problems, domain=domain),
-                read_source(source, "test", problems, domain=domain)
-                or read_source(source, "validation", problems, domain=domain),
-            )
-            for domain, source in sources.items()
-        }
+        found = {domain: _train_and_test(source, domain, problems) for domain, source in sources.items()}
     splits = {}
     for domain, (train, test) in found.items():
         if not train:
-            if not problems:
+            if not any(repr(domain) in message or str(sources.get(domain)) in message for message in problems.messages):
                 problems.add(f"domain {domain!r} has no rows for training. Add rows, or take the domain out.")
             continue
         shuffled = list(train)
@@ -90,6 +86,24 @@ def read_domains(
     return splits
 
 
+def _train_and_test(source: str, domain: str, problems: Problems) -> tuple[list[Record] | None, list[Record] | None]:
+    train = read_source(source, "train", problems, domain=domain)
+    if train is None:
+        return None, None  # do not ask the Hub again for a source that is not there
+    test = read_source(source, "test", problems, domain=domain)
+    return train, test if test is not None else read_source(source, "validation", problems, domain=domain)
+
+
+def name_problem(name: str) -> str | None:
+    """Returns what is wrong with a domain's name, or None. Names become folders and names of experts."""
+    if re.fullmatch(r"\w[\w .+-]{0,99}", name) and name.strip() == name:
+        return None
+    return (
+        f"{name[:40]!r} is no name for a domain. Expected 1 to 100 letters, digits, spaces or _ . + -, beginning "
+        "with a letter or digit."
+    )
+
+
 def _by_label(
     source: str, allowed: Sequence[str], domain_column: str | None, problems: Problems
 ) -> dict[str, tuple[list[Record] | None, list[Record] | None]]:
@@ -102,6 +116,8 @@ def _by_label(
         for record in records or []:
             if record.domain is None:
                 problems.add(f"{record.source}: names no domain. Expected a column domain, task, channel or task_id.")
+            elif wrong := name_problem(record.domain):
+                problems.add(f"{record.source}: {wrong}")
             elif allowed and record.domain not in allowed:
                 problems.add(
                     f"{record.source}: label {record.domain!r} is not among the domains ({', '.join(allowed)})."
@@ -114,7 +130,7 @@ def _by_label(
         return None if records is None else [record for record in records if record.domain == domain]
 
     return {
-        domain: (of(domain, "train"), of(domain, "test") or of(domain, "validation"))
+        domain: (of(domain, "train"), of(domain, "validation") if read["test"] is None else of(domain, "test"))
         for domain in (allowed or sorted(labels))
     }
 
@@ -145,7 +161,12 @@ def encode_domain(
     problems = Problems("the data")
     examples, shortened, dropped = [], 0, 0
     for record in records:
-        encoded = encode(tokenizer, record, loss_on=loss_on)
+        try:
+            encoded = encode(tokenizer, record, loss_on=loss_on)
+        except (TemplateError, ValueError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            problems.add(f"{record.source}: the base's chat template cannot render it: {reason}")
+            continue
         length = len(encoded.input_ids)
         if length > max_length:
             if truncation == "error":
@@ -159,7 +180,7 @@ def encode_domain(
                 dropped += 1
                 continue
             encoded, shortened = cut, shortened + 1
-        examples.append(Example(encoded, domain_id))
+        examples.append(Example(encoded, domain_id, record))
     problems.raise_as(DataError)
     return examples, Cut(shortened, dropped, len(records))
 

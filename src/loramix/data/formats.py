@@ -6,6 +6,7 @@ aliases, text + label. A row that fits none is refused with the keys it has and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,11 @@ def _turn(turn: Any, number: int, role_key: str, text_key: str, roles: Mapping[s
     if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
         raise RowError(f'turn {number} is not of the form {{"{role_key}": ..., "{text_key}": ...}}. Got {turn!r:.60}.')
     role = turn[role_key]
-    if role not in roles:
+    if turn.get("tool_calls"):
+        raise RowError(
+            f"turn {number} has tool_calls, which loramix does not render. Write the call into its {text_key}."
+        )
+    if not isinstance(role, str) or role not in roles:
         raise RowError(f'turn {number} has "{role_key}" = {role!r}, expected one of {", ".join(roles)}.')
     if not isinstance(turn[text_key], str):
         raise RowError(f'turn {number} has "{text_key}" of type {type(turn[text_key]).__name__}, expected text.')
@@ -62,6 +67,9 @@ def _conversation(turns: Any, key: str, role_key: str, text_key: str, roles: Map
     if not isinstance(turns, list) or not turns:
         raise RowError(f'"{key}" is {type(turns).__name__}, expected a list of turns with at least one.')
     messages = tuple(_turn(turn, i, role_key, text_key, roles) for i, turn in enumerate(turns, 1))
+    opening = next(message for message in (*messages, Message("none", "")) if message.role != "system")
+    if opening.role == "assistant":
+        raise RowError(f'"{key}" begins with an assistant turn, which has no prompt. Remove it, or add what was asked.')
     replies = [message for message in messages if message.role == "assistant"]
     if not replies:
         raise RowError(f'"{key}" has no assistant turn: there is nothing to learn. Add the response.')
@@ -87,9 +95,9 @@ def _alpaca(row: Row) -> tuple[Message, ...]:
         query += "\n" + _text(row, "input")
     before = [Message("system", _text(row, "system"))] if row.get("system") else []
     for pair in row.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError('"history" holds something other than [question, answer] pairs.')
-        before += [Message("user", str(pair[0])), Message("assistant", str(pair[1]))]
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p.strip() for p in pair):
+            raise RowError('"history" holds something other than [question, answer] pairs of texts.')
+        before += [Message("user", pair[0]), Message("assistant", pair[1])]
     return (*before, Message("user", query), _response(row, "output"))
 
 
@@ -148,13 +156,26 @@ def to_record(row: Any, source: str, domain: str | None, domain_column: str | No
             f"has the fields {', '.join(sorted(map(str, row))) or 'none'}. Expected messages, conversations, "
             "instruction + output, prompt + completion (or question + answer, ...), or text + label."
         )
-    tools = row.get("tools")
     return Record(
         messages=read(row),
         domain=domain if domain is not None else _label(row, domain_column),
         source=source,
-        tools=tuple(tools) if isinstance(tools, list) else (),
+        tools=_tools(row.get("tools")),
     )
+
+
+def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
+    """Returns the tool descriptions: a list of objects, or the same as JSON text."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise RowError(f'"tools" is text but not JSON: {error.msg}.') from error
+    if not tools:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError('"tools" is not a list of objects. Expected tool descriptions as the chat template takes them.')
+    return tuple(tools)
 
 
 def _label(row: Row, domain_column: str | None) -> str | None:

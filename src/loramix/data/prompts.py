@@ -75,12 +75,11 @@ def encode(tokenizer: Any, record: Record, *, loss_on: str = "response") -> Enco
                 "prompt from response. Use a template whose text only grows with each turn."
             )
         response = whole[len(prefix) :]
-        if end and end in response:
-            response = response[: response.rindex(end) + len(end)]
-        elif end:
-            response = response.rstrip() + end
+        # A template may end a turn with another token than the tokenizer's end (Gemma, Phi-3): both are kept.
+        response = response[: response.rindex(end) + len(end)] if end and end in response else response.rstrip()
         asked = _tokens(tokenizer, prefix[len(done) :], first=not ids)
-        answered = _tokens(tokenizer, response, first=False)
+        closing = "" if not end or response.endswith(end) else end
+        answered = _tokens(tokenizer, response + closing, first=False)
         ids += asked + answered
         supervised += [loss_on == "all"] * len(asked) + [True] * len(answered)
         prompt_length = prompt_length or len(asked)

@@ -167,7 +167,8 @@ def read_source(
         if file is None:
             return None
         return read_file(file, problems, domain=domain, domain_column=domain_column)
-    if path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    here = path.suffix.lower() in READERS or name.startswith((".", "/", "~"))
+    if here or name.count("/") != 1 or path.parent.is_dir():
         if split == "train":
             problems.add(f"{name}: no such file or folder. Expected a data file, a folder of splits, or a Hub name.")
         return None

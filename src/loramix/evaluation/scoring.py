@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from loramix.data.collation import Collator, Example
 from loramix.losses import next_token_nll, supervised_positions
+from loramix.models.head import head_can_choose, logits_at
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def score(
     model.eval()
     collate = Collator(pad_token_id)
     device = next(model.parameters()).device
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    can_choose = "logits_to_keep" in inspect.signature(base.forward).parameters
+    can_choose = head_can_choose(model)
     scores: list[Score] = [Score(0.0, 0)] * len(examples)
     for positions in batches_by_length(examples, batch_size):
         batch = {k: v.to(device) for k, v in collate([examples[i] for i in positions]).items()}
@@ -74,10 +72,7 @@ def score(
         elif decision is not None:
             asked.update(decision=decision, prompt_mask=batch["prompt_mask"])
         wanted_P = supervised_positions(batch["labels"])
-        if can_choose:
-            logits_BPV = model(**asked, logits_to_keep=wanted_P, use_cache=False).logits
-        else:
-            logits_BPV = model(**asked, use_cache=False).logits[:, wanted_P]
+        logits_BPV = logits_at(model, wanted_P, can_choose=can_choose, **asked)
         nll_M, rows_M = next_token_nll(logits_BPV, batch["labels"], wanted_P)
         for row, position in enumerate(positions):
             of_row: Tensor = nll_M[rows_M == row]

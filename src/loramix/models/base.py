@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from loramix.cache import build_once, cache_dir
 from loramix.errors import ModelError
@@ -79,7 +80,7 @@ def load_base(name: str = NAME, *, dtype: str = "float32") -> Any:
     where = base_folder(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_not_found(name, error)) from error
     return model.requires_grad_(False).eval()
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
+from loramix.errors import ConfigError
 from loramix.labels import IGNORED
 from loramix.losses import layer_correct, next_token_nll, routing_cross_entropy, supervised_positions
+from loramix.models.head import head_can_choose, logits_at
 from loramix.training.settings import TrainingSettings
 from loramix.training.tally import DomainTally
 
@@ -22,7 +22,7 @@ def training_arguments(
     settings: TrainingSettings, output_dir: str, optim: str = "adamw_torch_fused"
 ) -> TrainingArguments:
     """Returns transformers' arguments for our settings; saving and reporting are ours, so theirs are off."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=output_dir,
         num_train_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
@@ -45,6 +45,10 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    # Several GPUs in one process would mean nn.DataParallel, whose threads share one routing; torchrun is the way.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 class MixtureTrainer(Trainer):
@@ -72,6 +76,8 @@ class MixtureTrainer(Trainer):
         auxiliary: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("eval_dataset") is not None:
+            raise ConfigError("MixtureTrainer measures nothing. Leave eval_dataset out; use loramix.evaluation.")
         super().__init__(model=model, **kwargs)
         self.settings = settings
         self.sampler = sampler
@@ -81,8 +87,7 @@ class MixtureTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         """Read by Trainer: our loss is divided by the whole step's counts already."""
         self._step_tokens = self._step_rows = torch.ones(())
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._head_can_choose = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._head_can_choose = head_can_choose(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
@@ -130,12 +135,7 @@ class MixtureTrainer(Trainer):
         labels_BT = inputs["labels"]
         asked = {k: v for k, v in inputs.items() if k != "labels"}
         positions_P = supervised_positions(labels_BT)
-        if self._head_can_choose:
-            outputs = model(**asked, logits_to_keep=positions_P, use_cache=False)
-            logits_BPV = outputs.logits
-        else:
-            outputs = model(**asked, use_cache=False)
-            logits_BPV = outputs.logits[:, positions_P]
+        logits_BPV = logits_at(model, positions_P, can_choose=self._head_can_choose, **asked)
         nll_M, rows_M = next_token_nll(logits_BPV, labels_BT, positions_P)
         domain_ids_B = inputs["domain_ids"]
         ones_M, ones_B = torch.ones_like(nll_M), torch.ones_like(domain_ids_B, dtype=torch.float32)
@@ -152,7 +152,7 @@ class MixtureTrainer(Trainer):
             loss = loss + self.settings.routing_cross_entropy * routing_B.sum() / self._step_rows
         # Data parallelism averages gradients over processes; the counts above are over all of them.
         loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"logits": logits_BPV}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, **self.tally.drain()}, start_time)

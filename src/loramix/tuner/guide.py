@@ -12,18 +12,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loramix.errors import ConfigError
-from loramix.labels import IGNORED
 from loramix.routing import Call, PromptRead, Routing, RoutingContext, copies_per_row
 from loramix.tuner.checkpointing import CheckpointGuard
 from loramix.tuner.config import LoramixConfig
 from loramix.tuner.decisions import last_scope_needed, settle
 from loramix.tuner.layer import LoramixLinear
+from loramix.tuner.masks import cached_tokens, prompt_tokens, real_tokens
 from loramix.tuner.persistence import TransformersLoad
 
 _NAME = "loramix_guide"
@@ -69,7 +70,8 @@ class ForwardGuide:
         self.mixtures: dict[str, Mixture] = {}
         self._settled: Tensor | dict[str, Routing] | None = None
         self._reading = False
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._of_cache: WeakKeyDictionary[Any, dict[str, Routing]] = WeakKeyDictionary()
 
     @staticmethod
     def of(model: nn.Module) -> ForwardGuide:
@@ -79,14 +81,17 @@ class ForwardGuide:
             return found
         guide = ForwardGuide(model)
         setattr(model, _NAME, guide)
-        guide._hook = model.register_forward_pre_hook(guide.before_forward, with_kwargs=True)
+        guide._hooks = [
+            model.register_forward_pre_hook(guide.before_forward, with_kwargs=True),
+            model.register_forward_hook(guide.after_forward, with_kwargs=True),
+        ]
         TransformersLoad(model).install()
         return guide
 
     def leave(self) -> None:
         """Takes the hook and everything put on the model away; the base is as it was."""
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for name in (_NAME, CheckpointGuard.replaces, TransformersLoad.replaces):
             self.model.__dict__.pop(name, None)
 
@@ -116,19 +121,19 @@ class ForwardGuide:
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
         rows, length = inputs.shape[:2]
-        mask_BT = _real_tokens(kwargs.get("attention_mask"), rows, length, inputs.device)
-        call = Call(mask_BT=mask_BT, prompt_mask_BT=_prompt_tokens(prompt_mask, kwargs.get("labels"), mask_BT))
-        previous, self.context.call = self.context.call, None
+        mask_BT = real_tokens(kwargs.get("attention_mask"), rows, length, inputs.device)
+        call = Call(mask_BT=mask_BT, prompt_mask_BT=prompt_tokens(prompt_mask, kwargs.get("labels"), mask_BT))
+        self.context.call = None
         if domain_ids is not None:
-            call.expert_ids_B = _checked_ids(domain_ids, rows, mixture, inputs.device)
+            call.expert_ids_B = checked_ids(domain_ids, rows, mixture, inputs.device)
             if module.training and mixture.reads_base:
                 self._read_base(inputs, kwargs, call, mixture.scopes[-1])
         elif isinstance(self._settled, Tensor):
             call.expert_ids_B = self._settled.repeat_interleave(copies_per_row(len(self._settled), rows))
         elif self._settled is not None:
             call.carried = self._settled
-        elif _cached_tokens(kwargs) > 0:
-            call.carried = _carried_from(previous)
+        elif cached_tokens(kwargs.get("past_key_values")) > 0:
+            call.carried = self._carried(kwargs["past_key_values"])
         elif module.training:
             raise ConfigError(
                 f"method {mixture.config.method} is taught by the domain label, but the forward in training mode got "
@@ -140,10 +145,41 @@ class ForwardGuide:
         self.context.call = call
         return args, kwargs
 
+    def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Remembers with which routing a key-value cache was filled. Registered as forward hook of the base model."""
+        cache = getattr(output, "past_key_values", None)
+        call = self.context.call
+        if cache is not None and call is not None and call.routings and not self._reading:
+            self._of_cache[cache] = dict(call.routings)
+
+    def routings_of(self, cache: Any) -> dict[str, Routing] | None:
+        """Returns the routing a key-value cache was filled with, by scope, or None for one that is new or unknown."""
+        filled = cache is not None and cached_tokens(cache) > 0
+        return self._of_cache.get(cache) if filled else None
+
+    def _carried(self, cache: Any) -> dict[str, Routing]:
+        routings = self.routings_of(cache)
+        if routings is None:
+            raise ConfigError(
+                "the forward was given a filled key-value cache, but no routing of the prompt it was filled with. Run "
+                "the prompt through this model first, or pass domain_ids."
+            )
+        return routings
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model knows no caches: they belong to the forwards of the original."""
+        return {**self.__dict__, "_of_cache": WeakKeyDictionary()}
+
     def _settle_here(
         self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, mixture: Mixture, decision: str
     ) -> None:
         """Settles the experts of sequences that begin with this forward."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise ConfigError(
+                "the prompt's mask has a form from which padding cannot be told (a static cache through transformers' "
+                "own adapters, for example). Use the PeftModel's generate, or pass domain_ids."
+            )
         if decision == "per_layer" and not mixture.reads_base:
             return  # each router decides as the forward comes by; nothing is to be known beforehand
         read = self.read_prompts(inputs, kwargs, call, decision)
@@ -230,41 +266,12 @@ class ForwardGuide:
             self._settled = before
 
 
-def _real_tokens(attention_mask: Any, rows: int, length: int, device: torch.device) -> Tensor:
-    """Returns the mask of this forward's own tokens, bool (B, T); a mask over a cache is cut to its end."""
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        return attention_mask[:, -length:].bool()
-    return torch.ones(rows, length, dtype=torch.bool, device=device)
+def checked_ids(domain_ids: Tensor, rows: int, mixture: Mixture, device: torch.device) -> Tensor:
+    """Returns the labels on the model's device.
 
-
-def _prompt_tokens(prompt_mask: Tensor | None, labels: Tensor | None, mask_BT: Tensor) -> Tensor:
-    """Returns the tokens a router may read, bool (B, T): those the caller names; else those before the first
-    supervised label; else all. A row supervised from its first token on has no prompt to tell apart: all of it counts.
+    Raises:
+        ConfigError: not one position among the experts for each row.
     """
-    if prompt_mask is not None:
-        return prompt_mask.bool() & mask_BT
-    if labels is None:
-        return mask_BT
-    before_response_BT = mask_BT & ((labels != IGNORED).cumsum(dim=1) == 0)
-    has_prompt_B = before_response_BT.any(dim=1, keepdim=True)
-    return torch.where(has_prompt_B, before_response_BT, mask_BT)
-
-
-def _cached_tokens(kwargs: Mapping[str, Any]) -> int:
-    cache = kwargs.get("past_key_values")
-    return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-
-
-def _carried_from(previous: Call | None) -> dict[str, Routing]:
-    if previous is None or not previous.routings:
-        raise ConfigError(
-            "the forward was given a filled key-value cache, but no routing of the prompt it was filled with. Run the "
-            "prompt through this model first, or pass domain_ids."
-        )
-    return previous.routings
-
-
-def _checked_ids(domain_ids: Tensor, rows: int, mixture: Mixture, device: torch.device) -> Tensor:
     experts = mixture.config.experts or []
     if domain_ids.shape != (rows,) or domain_ids.is_floating_point():
         raise ConfigError(

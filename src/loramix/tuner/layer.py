@@ -139,8 +139,8 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ConfigError(
-            "merge: a routed mixture depends on its input and cannot be folded into the base's weights. Keep the "
-            "adapter beside the base."
+            "merge: a routed mixture depends on its input and cannot be folded into the base's weights; for a single "
+            "expert it is not built yet. Keep the adapter beside the base."
         )
 
     def unmerge(self) -> None:

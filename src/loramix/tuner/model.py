@@ -7,21 +7,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from loramix.errors import ConfigError
 from loramix.methods import method_named
-from loramix.models.targets import check_targets, doors, layer_of
+from loramix.models.targets import doors, layer_of
 from loramix.routing import Call, Routing
 from loramix.tuner.adapted import AdaptedModule, adapted_modules, as_table
 from loramix.tuner.config import LoramixConfig
 from loramix.tuner.decisions import decision_problem, settle
-from loramix.tuner.guide import ForwardGuide, Mixture
+from loramix.tuner.fit import matched_modules
+from loramix.tuner.guide import ForwardGuide, Mixture, checked_ids
 from loramix.tuner.layer import LoramixLinear, Place
 from loramix.tuner.persistence import check_tensors
 from loramix.tuner.registration import PREFIX
@@ -48,15 +45,7 @@ class LoramixModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LoramixConfig, model: nn.Module) -> None:
         """Finds all modules to adapt and their places before any is replaced, so that all problems come at once."""
-        wanted = peft_config.target_modules or "all-linear"
-        peft_config.target_modules = wanted
-        _maybe_include_all_linear_layers(peft_config, model)
-        matched = [
-            name
-            for name, _ in model.named_modules()
-            if name and not _inside_adapter(model, name) and check_target_module_exists(peft_config, name)
-        ]
-        check_targets(model, wanted if wanted != "all-linear" else matched, matched)
+        matched = matched_modules(model, peft_config)
         scope_is_layer = method_named(peft_config.method).scope == "layer"
         at_door = set(doors(matched).values()) if scope_is_layer else set()
         self._places = {
@@ -116,7 +105,7 @@ class LoramixModel(BaseTuner):
         wanted = {
             name: tensor
             for name, tensor in model.state_dict().items()
-            if f".{PREFIX}" in name and f".{adapter_name}." in name
+            if any(f".{PREFIX}{part}.{adapter_name}." in name for part in ("bank", "router"))
         }
         found = {name: tensor for name, tensor in remapped.items() if "modules_to_save" not in name}
         check_tensors(wanted, found, f"the tensors of adapter {adapter_name!r}")
@@ -227,16 +216,22 @@ class LoramixModel(BaseTuner):
             domain_ids: the same as `expert`, as positions, int64 (B,).
         """
         mixture = self.guide.active()
-        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs", kwargs.get("inputs_embeds")))
+        given = [args[0] if args else None, *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
+        inputs = next((one for one in given if one is not None), None)
         if mixture is None or not mixture.doors or inputs is None:
-            if expert is not None:
+            if expert is not None or decision is not None or domain_ids is not None:
                 self._mixture()
+                raise ConfigError("generate was given an expert but no prompt. Pass input_ids or inputs_embeds.")
             return self.model.generate(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
         if domain_ids is not None:
-            held: Tensor | dict[str, Routing] = domain_ids.to(inputs.device)
+            held: Tensor | dict[str, Routing] = checked_ids(domain_ids, len(inputs), mixture, inputs.device)
+        elif expert is None and decision is None and (known := self.guide.routings_of(cache)) is not None:
+            held = known
         else:
-            asked = {"attention_mask": self._generation_mask(inputs, kwargs)}
-            held = self._route_batch(mixture, inputs, asked, decision, expert)[1]
+            mask = self._generation_mask(inputs, kwargs)
+            asked = {"attention_mask": None if mask is None else mask.to(self.model.device)}
+            held = self._route_batch(mixture, inputs.to(self.model.device), asked, decision, expert)[1]
         with self.guide.settled(held):
             return self.model.generate(*args, **kwargs)
 
@@ -259,13 +254,3 @@ class LoramixModel(BaseTuner):
     def adapted_modules_table(self) -> str:
         """Returns the adapted modules as a text table, for printing."""
         return as_table(self.adapted_modules())
-
-
-def _inside_adapter(model: nn.Module, name: str) -> bool:
-    """Whether a module is a part of an adapted layer (its frozen layer, a bank), not a target itself."""
-    parent = name.rpartition(".")[0]
-    while parent:
-        if isinstance(model.get_submodule(parent), LoramixLinear):
-            return True
-        parent = parent.rpartition(".")[0]
-    return False

@@ -1,0 +1,77 @@
+"""The choices of an experiment as validated values. Names are PEFT's and TrainingArguments'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loramix.training.settings import TrainingSettings
+
+BUILTIN = "smollm2-135m-instruct"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(_Section):
+    """Which examples are learned and measured."""
+
+    domains: dict[str, str | None] = Field(default_factory=dict)
+    """Domain -> file, folder with train and test files, or Hub name. With `path`: the labels allowed (values empty)."""
+    path: str | None = None
+    """One source whose rows carry their own label, instead of one source for each domain."""
+    domain_column: str | None = None
+    """Its column with the label; by default domain, task, channel or task_id."""
+    test_fraction: float = Field(0.1, gt=0, lt=1)
+    max_train_examples: int | None = Field(None, ge=1)
+    max_test_examples: int | None = Field(None, ge=1)
+    max_length: int = Field(512, ge=8)
+    truncation: Literal["error", "drop", "left", "right"] = "right"
+    loss_on: Literal["response", "all"] = "response"
+    mixing: Literal["proportional", "uniform", "temperature", "weights"] = "proportional"
+    mixing_temperature: float = Field(2.0, gt=0)
+    mixing_weights: dict[str, float] | None = None
+
+
+class AdapterSettings(_Section):
+    """The adapter, in PEFT's words; see LoramixConfig."""
+
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | None = None
+    router: dict[str, Any] | None = None
+    decision: str | None = None
+    backend: str = "auto"
+
+
+class Experiment(_Section):
+    """All choices of one run."""
+
+    output_dir: str
+    model_name_or_path: str = BUILTIN
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    method: str = "moa"
+    seed: int = 0
+    data: DataSettings
+    adapter: AdapterSettings = AdapterSettings()
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Settings of every stage; see TrainingSettings."""
+    expert_stage: dict[str, Any] = Field(default_factory=dict)
+    """Settings of stage 1 that differ from `training`."""
+    joint_stage: dict[str, Any] = Field(default_factory=dict)
+    """Settings of stage 2 that differ from `training`."""
+    controls: list[Literal["base", "single_long", "mixed"]] = Field(default_factory=list)
+    """What is measured beside the method, to compare: the bare base, each single LoRA trained on for as long as stage
+    2, one LoRA trained on all domains for as long as both stages together."""
+
+    def settings(self, stage: Mapping[str, Any]) -> TrainingSettings:
+        """Returns the training settings of a stage, its own over the common ones."""
+        return replace(TrainingSettings(seed=self.seed), **{**self.training, **stage})

@@ -1,0 +1,43 @@
+"""What the arguments of a forward say of its tokens: which are real, which are prompt, how many are cached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loramix.errors import ConfigError
+from loramix.labels import IGNORED
+
+
+def real_tokens(attention_mask: Any, rows: int, length: int, device: torch.device) -> Tensor:
+    """Returns the mask of this forward's own tokens, bool (B, T); a mask over a cache is cut to its end."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -length:].bool()
+    return torch.ones(rows, length, dtype=torch.bool, device=device)
+
+
+def prompt_tokens(prompt_mask: Tensor | None, labels: Tensor | None, mask_BT: Tensor) -> Tensor:
+    """Returns the tokens a router may read, bool (B, T): those the caller names; else those before the first
+    supervised label; else all.
+
+    Raises:
+        ConfigError: labels leave a row without prompt.
+    """
+    if prompt_mask is not None:
+        return prompt_mask.bool() & mask_BT
+    if labels is None:
+        return mask_BT
+    before_response_BT = mask_BT & ((labels != IGNORED).cumsum(dim=1) == 0)
+    if not bool(before_response_BT.any(dim=1).all()):
+        raise ConfigError(
+            "a row's labels are supervised from its first token on, so its router would read the response it is to "
+            "predict. Set labels to -100 on the prompt, or pass prompt_mask, bool (B, T), true on the prompt."
+        )
+    return before_response_BT
+
+
+def cached_tokens(cache: Any) -> int:
+    """Returns how many tokens a key-value cache holds; 0 for none."""
+    return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
