@@ -39,6 +39,8 @@ bench: install
 	$(BIN)/python benchmarks/label_leak.py runs/demo
 
 docs: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/zensical build
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 clean:
