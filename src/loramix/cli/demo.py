@@ -13,8 +13,8 @@ SETTINGS: dict[str, Any] = {
     "method": "moa",
     "controls": ["base", "single_long", "mixed"],
     "data": {
-        "max_train_examples": 40,
-        "max_test_examples": 40,
+        "max_train_examples": 32,
+        "max_test_examples": 32,
         "max_length": 192,
         "truncation": "right",
     },

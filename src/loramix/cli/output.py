@@ -44,8 +44,6 @@ def print_table(title: str, heads: list[str], rows: list[list[str]]) -> None:
 def quiet_libraries() -> None:
     """Keeps the libraries' own bars and deprecation notes off the screen; ours say what is going on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Spinning OpenMP threads make two busy processes slower than one (docs/performance.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     import transformers
