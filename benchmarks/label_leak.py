@@ -37,12 +37,12 @@ def taught_accuracy(prepared: Any, model: Any) -> float:
 
 def measure(prepared: Any, experts: Any, reads: str, pooling: str) -> dict[str, Any]:
     """Trains stage 2 one way and measures it."""
+    from loramix.building import train_method
     from loramix.evaluation.evaluate import measure_routed
-    from loramix.pipeline import train_joint
 
     adapter = prepared.experiment.adapter.model_copy(update={"router": {"reads": reads, "pooling": pooling}})
     prepared.experiment = prepared.experiment.model_copy(update={"adapter": adapter})
-    model, _ = train_joint(prepared, experts)
+    model, _ = train_method(prepared, experts)
     result = measure_routed(model, prepared.held, pad_token_id=prepared.pad, name="moa")
     row: dict[str, Any] = {"reads": reads, "pooling": pooling, **result.routers.overall}
     for decision in ("oracle", "last", "vote", "per_layer"):

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from loramix.experts.apply import BACKENDS, choose, concat, loop, per_sequence
+from loramix.experts.apply import BACKENDS, choose, concat, gates_by_token, loop, per_sequence
+from loramix.experts.fused import can_fuse, fused
+from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
 from tests.reference import mixture_delta
 
+SHARES = ("nothing", "down", "up")
 
-def _case(batch: int, length: int, sizes: tuple[int, int], experts: int, rank: int, k: int, level: str):
+
+def _case(batch, length, sizes, experts, rank, k, level, share="nothing", dtype=torch.float64):
+    """y, x, A, B and a routing with K of E experts each (all of them, unsorted ids left out, where k is None)."""
     inputs, outputs = sizes
     made = torch.Generator().manual_seed(batch * 100 + length * 10 + experts)
-    draw = lambda *shape: torch.randn(*shape, generator=made, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=made, dtype=dtype, requires_grad=True)  # noqa: E731
     places = batch if level == "sequence" else batch * length
-    ids = torch.stack([torch.randperm(experts, generator=made)[:k] for _ in range(places)])
-    weights = torch.rand(places, k, generator=made, dtype=torch.float64, requires_grad=True)
+    ids = None
+    if k is not None:
+        ids = torch.stack([torch.randperm(experts, generator=made)[:k] for _ in range(places)])
+    weights = torch.rand(places, k or experts, generator=made, dtype=dtype, requires_grad=True)
     mask = torch.ones(places, dtype=torch.bool)
     routing = Routing(ids=ids, weights=weights, logits=None, level=level, mask=mask)
     tensors = [
         draw(batch, length, outputs),
         draw(batch, length, inputs),
-        draw(experts, rank, inputs),
-        draw(experts, outputs, rank),
+        draw(1 if share == "down" else experts, rank, inputs),
+        draw(1 if share == "up" else experts, outputs, rank),
     ]
     return tensors, routing
 
@@ -43,46 +53,116 @@ def _outcome(apply, tensors, routing):
     sizes=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     experts=st.integers(2, 5),
     rank=st.integers(1, 4),
+    share=st.sampled_from(SHARES),
     data=st.data(),
 )
-def test_backends_agree_with_loop(batch, length, sizes, experts, rank, data):
-    k = data.draw(st.integers(1, experts))
+def test_backends_agree_with_loop(batch, length, sizes, experts, rank, share, data):
+    k = data.draw(st.one_of(st.none(), st.integers(1, experts)))
     for level in ("sequence", "token"):
-        tensors, routing = _case(batch, length, sizes, experts, rank, k, level)
+        tensors, routing = _case(batch, length, sizes, experts, rank, k, level, share)
         expected = _outcome(loop, tensors, routing)
-        for name, apply in BACKENDS.items():
-            if name == "per_sequence" and level == "token":
-                continue
-            for got, wanted in zip(_outcome(apply, tensors, routing), expected, strict=True):
-                torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=f"{name} {level}")
+        for name in ("concat", "per_sequence") if level == "sequence" else ("concat",):
+            for got, wanted in zip(_outcome(BACKENDS[name], tensors, routing), expected, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=f"{name} {level} {share}")
 
 
-def test_loop_is_the_equation():
-    tensors, routing = _case(2, 3, (5, 4), 3, 2, 2, "token")
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("k", [1, 2, 5, None])
+def test_grouped_agrees_with_loop(share, k):
+    tensors, routing = _case(3, 7, (12, 8), 5, 4, k, "token", share, torch.float32)
+    expected = _outcome(loop, tensors, routing)
+    for got, wanted in zip(_outcome(grouped, tensors, routing), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_fused_agrees_with_the_layer_and_the_loop(share, bias, dropped):
+    (_, x, A, B), routing = _case(2, 5, (6, 4), 3, 2, 2, "token", share)
+    layer = nn.Linear(6, 4, bias=bias, dtype=torch.float64).requires_grad_(False)
+    other = x * 1.0 if not dropped else x * (torch.rand_like(x) > 0.3)
+
+    def plainly(x, A, B, weights):
+        return loop(layer(x), other if not dropped else other.detach() + 0 * x, A, B, routing, 1.7)
+
+    def at_once(x, A, B, weights):
+        given = x if not dropped else other.detach() + 0 * x
+        return fused(layer, x, given, A, B, gates_by_token(x, routing, 3), 1.7)
+
+    given = (x, A, B, routing.weights)
+    got, wanted = at_once(*given), plainly(*given)
+    torch.testing.assert_close(got, wanted)
+    swing = torch.arange(got.numel(), dtype=got.dtype).view_as(got).cos()
+    for one, other_one in zip(
+        torch.autograd.grad((got * swing).sum(), given), torch.autograd.grad((wanted * swing).sum(), given), strict=True
+    ):
+        torch.testing.assert_close(one, other_one)
+
+
+def test_fused_without_gates_is_lora():
+    (_, x, A, B), _ = _case(2, 5, (6, 4), 1, 2, 1, "sequence")
+    layer = nn.Linear(6, 4, dtype=torch.float64).requires_grad_(False)
+    torch.testing.assert_close(fused(layer, x, x, A, B, None, 0.5), layer(x) + 0.5 * (x @ A[0].T) @ B[0].T)
+    torch.autograd.gradcheck(partial(lambda x, A, B: fused(layer, x, x, A, B, None, 0.5)), (x, A, B))
+
+
+def test_fused_is_for_plain_frozen_layers_only():
+    x, A = torch.randn(2, 3, 4), torch.randn(2, 2, 4)
+    layer = nn.Linear(4, 4).requires_grad_(False)
+    assert can_fuse(layer, x, A)
+    assert not can_fuse(nn.Linear(4, 4), x, A), "trained itself"
+    assert not can_fuse(nn.Sequential(layer), x, A)
+    assert not can_fuse(layer, x.double(), A)
+    with torch.no_grad():
+        assert not can_fuse(layer, x, A)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not can_fuse(layer, x, A)
+    layer.register_forward_hook(lambda *_: None)
+    assert not can_fuse(layer, x, A)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("k", [2, None])
+def test_loop_is_the_equation(share, k):
+    tensors, routing = _case(2, 3, (5, 4), 3, 2, k, "token", share)
     y_BTO, x_BTI, A_ERI, B_EOR = tensors
     out = loop(*tensors, routing, 1.7).reshape(6, 4)
     gates = routing.gates(3)
     for n, x_I in enumerate(x_BTI.reshape(6, 5)):
-        wanted = y_BTO.reshape(6, 4)[n] + mixture_delta(x_I, A_ERI, B_EOR, gates[n], 1.7)
-        torch.testing.assert_close(out[n], wanted)
+        delta = mixture_delta(x_I, A_ERI.expand(3, -1, -1), B_EOR.expand(3, -1, -1), gates[n], 1.7)
+        torch.testing.assert_close(out[n], y_BTO.reshape(6, 4)[n] + delta)
 
 
-def test_gradients_numerically():
-    tensors, routing = _case(2, 2, (3, 3), 2, 2, 1, "sequence")
-    for apply in BACKENDS.values():
-        torch.autograd.gradcheck(lambda *t, apply=apply: apply(*t, routing, 0.5), tensors)
+@pytest.mark.parametrize("share", SHARES)
+def test_gradients_numerically(share):
+    tensors, routing = _case(2, 2, (3, 3), 2, 2, 1, "sequence", share)
+    for name in ("loop", "concat", "per_sequence"):
+        torch.autograd.gradcheck(partial(_routed, BACKENDS[name], routing), tensors)
 
 
-def test_an_idle_expert_has_a_zero_gradient_not_none():
-    tensors, routing = _case(2, 3, (4, 4), 3, 2, 1, "sequence")
-    routing = Routing(
-        ids=torch.tensor([[0], [2]]), weights=routing.weights, logits=None, level="sequence", mask=routing.mask
-    )
-    for apply in BACKENDS.values():
-        _, _, _, grad_A, grad_B, _ = _outcome(apply, tensors, routing)
-        assert grad_A[1].eq(0).all(), apply.__name__
-        assert grad_B[1].eq(0).all(), apply.__name__
-        assert grad_A[0].abs().sum() > 0
+def _routed(apply, routing, *tensors):
+    return apply(*tensors, routing, 0.5)
+
+
+@pytest.mark.parametrize("name", ["loop", "concat", "grouped"])
+def test_an_idle_expert_has_a_zero_gradient_not_none(name):
+    tensors, routing = _case(2, 3, (4, 4), 3, 4, 1, "token", dtype=torch.float32)
+    idle = Routing(torch.tensor([[0], [2]] * 3), routing.weights, None, "token", routing.mask)
+    _, _, _, grad_A, grad_B, _ = _outcome(BACKENDS[name], tensors, idle)
+    assert grad_A[1].eq(0).all()
+    assert grad_B[1].eq(0).all()
+    assert grad_A[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["loop", "concat", "grouped"])
+@pytest.mark.parametrize("share", SHARES)
+def test_permuting_experts_changes_nothing(name, share):
+    tensors, routing = _case(2, 6, (8, 8), 4, 4, 2, "token", share, torch.float32)
+    order = torch.tensor([2, 0, 3, 1])
+    moved = [tensors[0], tensors[1], *(t if t.shape[0] == 1 else t[order] for t in tensors[2:])]
+    renamed = Routing(order.argsort()[routing.ids], routing.weights, None, "token", routing.mask)
+    torch.testing.assert_close(BACKENDS[name](*moved, renamed, 1.7), BACKENDS[name](*tensors, routing, 1.7))
 
 
 def test_per_sequence_refuses_token_routing():
@@ -91,10 +171,37 @@ def test_per_sequence_refuses_token_routing():
         per_sequence(*tensors, routing, 1.0)
 
 
-def test_auto_takes_per_sequence_only_for_several_experts_by_sequence():
-    _, by_sequence = _case(2, 3, (4, 4), 3, 2, 1, "sequence")
-    _, by_token = _case(2, 3, (4, 4), 3, 2, 1, "token")
-    assert choose("auto", by_sequence, 3) is per_sequence
-    assert choose("auto", by_sequence, 1) is concat
-    assert choose("auto", by_token, 3) is concat
-    assert choose("loop", by_token, 3) is loop
+def test_auto_chooses_by_width_and_sparsity():
+    def chosen(level, experts, rank, k, sizes=(8, 8), dtype=torch.float32):
+        tensors, routing = _case(2, 3, sizes, experts, rank, k, level, dtype=dtype)
+        return choose("auto", routing, *tensors[2:])
+
+    assert chosen("sequence", 3, 2, 1) == "per_sequence"
+    assert chosen("sequence", 1, 2, 1) == "concat"
+    assert chosen("sequence", 3, 2, None) == "concat", "all experts of a sequence are one wide LoRA"
+    assert chosen("token", 8, 8, 2) == "concat"
+    assert chosen("token", 64, 8, 2) == "grouped"
+    assert chosen("token", 64, 8, None) == "concat", "with all experts there is nothing to sort"
+    assert chosen("token", 64, 6, 2) == "concat", "grouped_mm takes no such rank"
+    assert chosen("token", 64, 8, 2, sizes=(7, 8)) == "concat"
+    assert chosen("token", 64, 8, 2, dtype=torch.float64) == "concat"
+    assert choose("loop", _case(1, 1, (4, 4), 3, 2, 1, "token")[1], torch.ones(3, 2, 4), torch.ones(3, 4, 2)) == "loop"
+
+
+def test_grouped_knows_its_limits():
+    assert fits(4, 8, 8, torch.float32)
+    assert not fits(4, 8, 8, torch.bfloat16)
+    assert fits(8, 8, 16, torch.bfloat16)
+    assert not fits(8, 8, 8, torch.float64)
+
+
+def test_concat_compiles_as_one_graph():
+    """No data-dependent shape, no host synchronisation: torch.compile with fullgraph refuses both."""
+    tensors, routing = _case(2, 3, (4, 4), 3, 2, 2, "token", dtype=torch.float32)
+
+    @partial(torch.compile, fullgraph=True, backend="aot_eager")
+    def compiled(y, x, A, B, ids, weights, mask):
+        return concat(y, x, A, B, Routing(ids, weights, None, "token", mask), 1.7)
+
+    got = compiled(*tensors, routing.ids, routing.weights, routing.mask)
+    torch.testing.assert_close(got, concat(*tensors, routing, 1.7))

@@ -193,7 +193,7 @@ def test_opening_what_is_no_run(tmp_path: Path, capsys):
 def test_methods_and_env(capsys):
     assert run(["methods", "--json"]) == 0
     listed = {method["name"]: method for method in json.loads(capsys.readouterr().out)}
-    assert listed["moa"]["losses"] == ["routing_cross_entropy"]
+    assert listed["moa"]["losses"] == {"routing_cross_entropy": 0.1}
     assert run(["env", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["packages"]["torch"]
 

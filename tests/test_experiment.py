@@ -18,10 +18,10 @@ def test_defaults_and_overrides():
     experiment = loaded.experiment
     assert experiment.adapter.r == 16
     assert experiment.settings({}).learning_rate == pytest.approx(1e-4)
-    assert experiment.settings({}).routing_cross_entropy == pytest.approx(0.3)
+    assert experiment.settings({}).losses["routing_cross_entropy"] == pytest.approx(0.3)
     assert list(experiment.data.domains) == ["a", "b", "c"]
     assert "read learning_rate as training.learning_rate" in loaded.echoes
-    assert "read eta as training.routing_cross_entropy" in loaded.echoes
+    assert "read eta as training.losses.routing_cross_entropy" in loaded.echoes
 
 
 def test_other_peoples_names_are_read_and_echoed():

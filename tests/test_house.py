@@ -21,9 +21,12 @@ FLOORS = [
     {"tuner"},
     {"training", "evaluation"},
     {"settings"},
+    {"adapter_settings"},
+    {"contradictions"},
     {"experiment"},
     {"preparation"},
-    {"opening"},
+    {"opening", "budget"},
+    {"building"},
     {"pipeline"},
     {"cli"},
 ]

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from loramix import LoramixConfig, ModelError
-from loramix.models.targets import doors, layer_of
+from loramix.models.targets import first_of_each, layer_of
 from loramix.tuner import check_fit
 from tests import tiny
 
@@ -90,8 +90,9 @@ def test_router_sits_at_the_first_module_that_runs():
     assert layer_of("transformer.h.11.attn.c_attn") == "h.11"
     assert layer_of("lm_head") == "model"
     stored_order = ["layers.0.self_attn.o_proj", "layers.0.self_attn.qkv_proj", "layers.0.mlp.down_proj"]
-    assert doors(stored_order) == {"layers.0": "layers.0.self_attn.qkv_proj"}
-    assert doors(["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]) == {"layers.0": "layers.0.mlp.up_proj"}
+    assert first_of_each(stored_order, layer_of) == {"layers.0": "layers.0.self_attn.qkv_proj"}
+    in_mlp = ["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]
+    assert first_of_each(in_mlp, layer_of) == {"layers.0": "layers.0.mlp.up_proj"}
 
 
 @pytest.mark.parametrize("layers", [[0], [1], [0, 2], 2])

@@ -7,7 +7,7 @@ import torch
 
 from loramix import ConfigError, LoramixConfig
 from loramix.losses import layer_correct, routing_cross_entropy
-from loramix.routers import SequenceRouterConfig
+from loramix.routers import SequenceRouterConfig, Site
 from loramix.routing import Call, Routing, last_true
 from loramix.tuner.decisions import decision_problem, last_scope_needed, settle
 
@@ -31,26 +31,26 @@ def test_last_true_for_left_and_right_padding():
 def test_pooling_reads_prompt_positions_only():
     x = torch.arange(24.0).reshape(2, 4, 3)
     prompt = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()
-    last = SequenceRouterConfig(pooling="last").build(3, 2).pool(x, prompt)
-    mean = SequenceRouterConfig(pooling="mean").build(3, 2).pool(x, prompt)
+    last = SequenceRouterConfig(pooling="last").build(Site(3, 3, 2)).pool(x, prompt)
+    mean = SequenceRouterConfig(pooling="mean").build(Site(3, 3, 2)).pool(x, prompt)
     assert torch.equal(last, torch.stack([x[0, 1], x[1, 3]]))
     torch.testing.assert_close(mean, torch.stack([x[0, :2].mean(0), x[1, 1:].mean(0)]))
 
 
 def test_router_works_in_fp32_whatever_the_model_is():
-    router = SequenceRouterConfig(reads="experts").build(3, 2).to(torch.bfloat16)
+    router = SequenceRouterConfig(reads="experts").build(Site(3, 3, 2)).to(torch.bfloat16)
     mask = torch.ones(2, 4, dtype=torch.bool)
-    routing = router(torch.randn(2, 4, 3).bfloat16(), Call(mask, mask), "layers.0")
+    routing = router(torch.randn(2, 4, 3).bfloat16(), Call(mask, mask), "layers.0", lambda: None)
     assert routing.logits.dtype == torch.float32
 
 
 def test_label_is_followed_and_the_own_choice_without_it():
-    router = SequenceRouterConfig(reads="experts").build(3, 4)
+    router = SequenceRouterConfig(reads="experts").build(Site(3, 3, 4))
     mask = torch.ones(5, 2, dtype=torch.bool)
     x = torch.randn(5, 2, 3)
-    free = router(x, Call(mask, mask), "layers.0")
+    free = router(x, Call(mask, mask), "layers.0", lambda: None)
     assert torch.equal(free.ids[:, 0], free.logits.argmax(1))
-    told = router(x, Call(mask, mask, expert_ids_B=torch.tensor([3, 3, 0, 1, 2])), "layers.0")
+    told = router(x, Call(mask, mask, expert_ids_B=torch.tensor([3, 3, 0, 1, 2])), "layers.0", lambda: None)
     assert told.ids[:, 0].tolist() == [3, 3, 0, 1, 2]
     assert torch.equal(told.logits, free.logits)
 
@@ -112,7 +112,7 @@ def test_methods_refuse_what_they_cannot_use():
         LoramixConfig(method="moa", experts=["one"])
     with pytest.raises(ConfigError, match="has one expert"):
         LoramixConfig(method="lora", experts=["a", "b"])
-    with pytest.raises(ConfigError, match="lora has none"):
+    with pytest.raises(ConfigError, match="lora routes nothing"):
         LoramixConfig(method="lora", router={"pooling": "mean"})
     with pytest.raises(ConfigError, match="Did you mean"):
         LoramixConfig(method="mao", experts=["a", "b"])

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from loramix.data.domains import name_problem
-from loramix.errors import ConfigError, LoramixError, Problems, did_you_mean
-from loramix.methods import METHODS, method_named
-from loramix.settings import AdapterSettings, DataSettings, Experiment
+from loramix.contradictions import contradictions
+from loramix.errors import ConfigError, Problems, did_you_mean
+from loramix.methods import METHODS
+from loramix.settings import AdapterSettings, DataSettings, Experiment, SearchSettings
 from loramix.training.settings import TrainingSettings
 
 ALIASES = {
@@ -35,13 +35,16 @@ ALIASES = {
     "batch_size": "training.per_device_train_batch_size",
     "lr": "training.learning_rate",
     "num_epochs": "training.num_train_epochs",
-    "eta": "training.routing_cross_entropy",
+    "eta": "training.losses.routing_cross_entropy",
     "gradient_checkpointing": "training.activation_checkpointing",
+    "gradient_checkpointing_kwargs": "training.activation_checkpointing_kwargs",
+    "num_local_experts": "adapter.num_experts",
 }
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "data": tuple(DataSettings.model_fields),
     "adapter": tuple(AdapterSettings.model_fields),
     "training": tuple(field.name for field in fields(TrainingSettings)),
+    "search": tuple(SearchSettings.model_fields),
 }
 _STAGES = ("training", "expert_stage", "joint_stage")
 
@@ -91,7 +94,7 @@ def build(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: s
             problems.add(f"{override!r}: the value is not YAML. Put it in quotes.")
     experiment = _validated(settled, problems)
     if experiment is not None:
-        for problem in _contradictions(experiment):
+        for problem in contradictions(experiment):
             problems.add(problem)
     elif isinstance(settled.get("method"), str) and settled["method"] not in METHODS:
         problems.add(f"method = {settled['method']!r}: no such method.{did_you_mean(settled['method'], METHODS)}")
@@ -130,7 +133,8 @@ def _validated(settled: Mapping[str, Any], problems: Problems) -> Experiment | N
     except ValidationError as error:
         for one in error.errors():
             problems.add(_said(one["loc"], one["type"], one["msg"], one.get("input")))
-    numbers = {field.name: type(field.default) for field in fields(TrainingSettings)}
+    defaults = asdict(TrainingSettings())
+    numbers = {field.name: type(defaults[field.name]) for field in fields(TrainingSettings)}
     for stage in _STAGES:
         given = settled.get(stage)
         if not isinstance(given, dict):
@@ -155,6 +159,8 @@ def _as_type(value: Any, wanted: type) -> Any:
         return value if wanted is bool and isinstance(value, bool) else None
     if wanted is str:
         return value if isinstance(value, str) else None
+    if wanted is dict:
+        return value if isinstance(value, dict) else None
     try:
         right = wanted(value)
     except (TypeError, ValueError, OverflowError):
@@ -176,69 +182,6 @@ def _said(location: tuple[int | str, ...], kind: str, message: str, got: Any) ->
     if kind == "missing":
         return f"{key}: missing. It has no default; set it."
     return f"{key} = {got!r}: {message[0].lower()}{message[1:]}."
-
-
-def _contradictions(experiment: Experiment) -> list[str]:
-    """Returns what is wrong with choices that are each possible but not together."""
-    found = []
-    data = experiment.data
-    try:
-        method = method_named(experiment.method)
-    except LoramixError as error:
-        found.append(str(error))
-        method = None
-    stages = {"expert_stage": experiment.expert_stage, "joint_stage": experiment.joint_stage}
-    for name, stage in stages.items():
-        found += [f"{name}: {problem}" for problem in experiment.settings(stage).problems()]
-    if method is not None and method.expert_count == "one" and {"single_long", "mixed"} & set(experiment.controls):
-        found.append(f"controls: method {method.name} is its own control. Leave single_long and mixed out.")
-    found += [f"data.domains: {wrong}" for domain in data.domains if (wrong := name_problem(domain))]
-    if not data.domains and data.path is None:
-        found.append("data.domains: missing. Name at least one domain and its file, or data.path.")
-    if data.path is None:
-        found += [f"data.domains.{d}: has no file. Name one." for d, source in data.domains.items() if not source]
-    if method is not None and method.expert_count == "one per domain" and data.path is None and len(data.domains) == 1:
-        found.append(f"method {method.name} mixes domains, but one is given. Name at least two, or use method lora.")
-    if data.mixing == "weights" and set(data.mixing_weights or {}) != set(data.domains):
-        found.append(
-            f"data.mixing_weights names {sorted(data.mixing_weights or {})}, expected the "
-            f"domains {sorted(data.domains)}."
-        )
-    weights = (data.mixing_weights or {}).values()
-    if data.mixing == "weights" and weights and (min(weights) < 0 or sum(weights) <= 0):
-        found.append(f"data.mixing_weights = {data.mixing_weights}: expected 0 or more each, and more than 0 together.")
-    if data.mixing != "weights" and data.mixing_weights is not None:
-        found.append(f"data.mixing_weights is set, but data.mixing = {data.mixing!r}. Set data.mixing to weights.")
-    # An unknown method is reported above; the adapter's own numbers are checked all the same, as if it were LoRA.
-    experts = ["one", "two"] if method is not None and method.expert_count == "one per domain" else ["one"]
-    try:
-        adapter_config(experiment, experts, method=None if method is not None else "lora")
-    except LoramixError as error:
-        found += [line.strip() for line in str(error).splitlines()[1:]]
-    return found
-
-
-def adapter_config(experiment: Experiment, experts: Sequence[str], method: str | None = None) -> Any:
-    """Returns the LoramixConfig of the experiment's adapter for the given experts.
-
-    Args:
-        experiment: the settings.
-        experts: names, in the order of `domain_ids`.
-        method: another method with the same adapter settings (a stage or a control); the experiment's by default.
-
-    Raises:
-        ConfigError: the settings do not fit the method.
-    """
-    from loramix.tuner import LoramixConfig
-
-    settings = dict(experiment.adapter)
-    if method is not None and method != experiment.method:
-        settings.update(router=None, decision=None)
-    return LoramixConfig(
-        method=method or experiment.method,
-        experts=list(experts),
-        **settings,
-    )
 
 
 def as_yaml(experiment: Experiment) -> str:

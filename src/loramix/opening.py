@@ -9,6 +9,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from loramix.errors import LoramixError, ModelError
+from loramix.methods import Method, method_named
 from loramix.models import load_base, load_tokenizer
 from loramix.preparation import Prepared
 from loramix.run_folder import RunFolder
@@ -19,9 +20,10 @@ ADAPTER = "default"
 """Name of the adapter of every run, as PEFT names an only adapter."""
 
 
-def check_trained(run: RunFolder) -> None:
+def check_trained(run: RunFolder, method: Method) -> None:
     """Raises a ModelError if the run has no trained model."""
-    if not (run.model / "adapter_config.json").is_file():
+    expected = "config.json" if method.tuner == "none" else "adapter_config.json"
+    if not (run.model / expected).is_file():
         raise ModelError(f"{run.path}: the run has no trained model (model/ is missing). Train it to the end first.")
 
 
@@ -41,15 +43,27 @@ def load_adapter(base: Any, folder: Path) -> PeftModel:
         ) from error
 
 
+def load_trained(base: Any, run: RunFolder, method: Method) -> Any:
+    """Returns a run's model, ready to answer: the base with the adapter on it, or the trained base itself.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    if method.tuner == "none":
+        return load_base(str(run.model), dtype=str(base.dtype).removeprefix("torch."))
+    return load_adapter(base, run.model)
+
+
 def open_model(experiment: Experiment, run: RunFolder) -> tuple[Any, Any]:
     """Returns (model, tokenizer) of a finished run, ready to answer.
 
     Raises:
         ModelError: the adapter is missing or damaged.
     """
-    check_trained(run)
+    method = method_named(experiment.method)
+    check_trained(run, method)
     base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
-    return load_adapter(base, run.model), load_tokenizer(experiment.model_name_or_path)
+    return load_trained(base, run, method), load_tokenizer(experiment.model_name_or_path)
 
 
 def load_experts(prepared: Prepared) -> dict[str, Expert]:

@@ -1,12 +1,12 @@
 """An experiment from its settings to its results: read, train the stages and the controls, measure, write.
 
-Order: stage 1 (each expert alone; also the single-LoRA baseline), the control that trains each of them on, the mixed
-control, then the method. Each trained model is measured as soon as it exists, so a run is one pass over one base.
+Order: stage 1 where the method has it (each expert alone; also the single-LoRA baseline), the control that trains each
+of them on, the mixed control, then the method. Each trained model is measured as soon as it exists, so a run is one
+pass over one base.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,22 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
 from rich.console import Console
-from transformers import set_seed
 
+from loramix.budget import all_stages, expert_settings, longer
+from loramix.building import save, train_method, train_on, with_lora
 from loramix.errors import DataError
 from loramix.evaluation.evaluate import RoutedResult, Row, measure_routed, rows_of, score_domains
 from loramix.evaluation.scoring import Score
-from loramix.experiment import adapter_config
-from loramix.methods import method_named
-from loramix.opening import ADAPTER, check_trained, load_adapter
+from loramix.methods import Method, method_named
+from loramix.opening import ADAPTER, check_trained, load_trained
 from loramix.preparation import Prepared, prepare
 from loramix.run_folder import RunFolder, write_json
 from loramix.settings import Experiment
 from loramix.training.settings import TrainingSettings
-from loramix.training.stages import train_stage
-from loramix.tuner.assembly import Expert, put_experts, take_expert
+from loramix.tuner.assembly import Expert, take_expert
 
 
 @dataclass
@@ -81,11 +79,11 @@ def run_experiment(experiment: Experiment, console: Console) -> dict[str, Any]:
         results.rows += rows_of("base", score_domains(prepared.base, prepared.held, pad_token_id=prepared.pad))
     method = method_named(experiment.method)
     if method.expert_count == "one":
-        _train_one(prepared, results, "mixed", prepared.run.model, _expert_settings(prepared))
+        _train_one(prepared, results, prepared.run.model, expert_settings(prepared))
     else:
-        experts = _train_experts(prepared, results)
+        experts = _train_experts(prepared, results) if method.starts_from_experts else {}
         if "mixed" in experiment.controls:
-            _train_one(prepared, results, "mixed", prepared.run.mixed, _both_stages(prepared))
+            _train_one(prepared, results, prepared.run.mixed, all_stages(prepared))
         _train_method(prepared, results, experts)
     results.seconds = time.monotonic() - started
     content = results.as_dict(prepared.domains, experiment.method)
@@ -93,90 +91,20 @@ def run_experiment(experiment: Experiment, console: Console) -> dict[str, Any]:
     return content
 
 
-def _expert_settings(prepared: Prepared) -> TrainingSettings:
-    return prepared.experiment.settings(prepared.experiment.expert_stage)
-
-
-def _joint_settings(prepared: Prepared) -> TrainingSettings:
-    return prepared.experiment.settings(prepared.experiment.joint_stage)
-
-
-def _steps(settings: TrainingSettings, examples: int) -> int:
-    """Returns the optimizer steps that Trainer takes for that many examples."""
-    if settings.max_steps > 0:
-        return settings.max_steps
-    batches = math.ceil(examples / settings.per_device_train_batch_size)
-    return math.ceil(settings.num_train_epochs * math.ceil(batches / settings.gradient_accumulation_steps))
-
-
-def _joint_steps(prepared: Prepared) -> int:
-    return _steps(_joint_settings(prepared), sum(len(examples) for examples in prepared.train.values()))
-
-
-def _both_stages(prepared: Prepared) -> TrainingSettings:
-    """Returns settings under which one LoRA sees all domains for as many steps as stage 1 and stage 2 together."""
-    first = _expert_settings(prepared)
-    alone = sum(_steps(first, len(examples)) for examples in prepared.train.values())
-    return replace(first, max_steps=alone + _joint_steps(prepared))
-
-
-def _longer(prepared: Prepared, domain: str) -> TrainingSettings:
-    """Returns settings under which one expert goes on alone just as stage 2 would train it.
-
-    The same number of optimizer steps, and in each of them the domain's share of stage 2's rows: the same examples seen
-    and the same number of updates. With whole batches it would get as many examples but a fraction of the updates, and
-    a gain of the mixture could be no more than that.
-    """
-    second = _joint_settings(prepared)
-    rows = second.per_device_train_batch_size * second.gradient_accumulation_steps
-    share = max(1, round(rows * prepared.shares()[domain]))
-    return replace(
-        second,
-        max_steps=_joint_steps(prepared),
-        per_device_train_batch_size=share,
-        gradient_accumulation_steps=1,
-    )
-
-
-def _stage(
-    prepared: Prepared, model: Any, title: str, domains: Sequence[str], settings: TrainingSettings
-) -> dict[str, Any]:
-    shares = prepared.shares() if len(domains) > 1 else dict.fromkeys(domains, 1.0)
-    return train_stage(
-        model,
-        {domain: prepared.train[domain] for domain in domains},
-        domains=prepared.domains,
-        title=title,
-        settings=settings,
-        shares=shares,
-        pad_token_id=prepared.pad,
-        output_dir=prepared.run.path,
-        log_file=prepared.run.log,
-        console=prepared.console,
-        auxiliary=method_named(model.peft_config[ADAPTER].method).losses,
-    )
-
-
-def _with_adapter(prepared: Prepared, experts: Sequence[str], method: str) -> PeftModel:
-    set_seed(prepared.experiment.seed)
-    return get_peft_model(prepared.base, adapter_config(prepared.experiment, experts, method), adapter_name=ADAPTER)
-
-
 def _train_experts(prepared: Prepared, results: Results) -> dict[str, Expert]:
     """Stage 1: each expert alone, measured on its own domain; and the same trained on, if asked for."""
     experts: dict[str, Expert] = {}
     for domain in prepared.domains:
-        model = _with_adapter(prepared, [domain], "lora")
-        results.stages[f"expert {domain}"] = _stage(
-            prepared, model, f"expert {domain}", [domain], _expert_settings(prepared)
-        )
-        _save(model, prepared.run.expert(domain))
+        model = with_lora(prepared, domain)
+        title = f"expert {domain}"
+        results.stages[title] = train_on(prepared, model, title, [domain], expert_settings(prepared))
+        save(model, prepared.run.expert(domain))
         experts[domain] = take_expert(model.get_base_model(), ADAPTER)
         results.rows += rows_of("single", _own_domain(prepared, model, domain))
         if "single_long" in prepared.experiment.controls:
             title = f"longer {domain}"
-            results.stages[title] = _stage(prepared, model, title, [domain], _longer(prepared, domain))
-            _save(model, prepared.run.longer(domain))
+            results.stages[title] = train_on(prepared, model, title, [domain], longer(prepared, domain))
+            save(model, prepared.run.longer(domain))
             results.rows += rows_of("single_long", _own_domain(prepared, model, domain))
         prepared.base = model.unload()
     return experts
@@ -186,38 +114,37 @@ def _own_domain(prepared: Prepared, model: Any, domain: str) -> dict[str, list[S
     return score_domains(model, {domain: prepared.held[domain]}, pad_token_id=prepared.pad)
 
 
-def _train_one(prepared: Prepared, results: Results, name: str, folder: Path, settings: TrainingSettings) -> None:
+def _train_one(prepared: Prepared, results: Results, folder: Path, settings: TrainingSettings) -> None:
     """One LoRA on all domains."""
-    model = _with_adapter(prepared, ["mixed"], "lora")
-    results.stages[name] = _stage(prepared, model, name, prepared.domains, settings)
-    _save(model, folder)
-    results.rows += rows_of(name, score_domains(model, prepared.held, pad_token_id=prepared.pad))
+    model = with_lora(prepared, "mixed")
+    results.stages["mixed"] = train_on(prepared, model, "mixed", prepared.domains, settings)
+    save(model, folder)
+    results.rows += rows_of("mixed", score_domains(model, prepared.held, pad_token_id=prepared.pad))
     prepared.base = model.unload()
 
 
 def _train_method(prepared: Prepared, results: Results, experts: dict[str, Expert]) -> None:
-    """Stage 2: the experts side by side, with routers; measured under every decision; one answer for each domain."""
+    """The method's last stage; measured, for a routed one under every decision; one answer for each domain."""
     name = prepared.experiment.method
-    model, results.stages["joint"] = train_joint(prepared, experts)
-    _save(model, prepared.run.model)
+    model, results.stages[method_named(name).stages[-1].name] = train_method(prepared, experts)
+    save(model, prepared.run.model)
     prepared.console.print(f"measuring {name} ...", highlight=False)
     measure(prepared, model, results)
     write_json(prepared.run.results, results.as_dict(prepared.domains, name))
     results.examples = answers(prepared, model)
 
 
-def train_joint(prepared: Prepared, experts: dict[str, Expert]) -> tuple[PeftModel, dict[str, Any]]:
-    """Returns the experiment's method trained from its experts, and what the stage saw."""
-    name = prepared.experiment.method
-    model = _with_adapter(prepared, prepared.domains, name)
-    put_experts(model.get_base_model(), ADAPTER, experts)
-    seen = _stage(prepared, model, f"{name}: experts and routers", prepared.domains, _joint_settings(prepared))
-    return model, seen
-
-
 def measure(prepared: Prepared, model: Any, results: Results) -> None:
-    """Measures a routed model and adds rows for the oracle and for its own decision."""
-    name = prepared.experiment.method
+    """Measures the experiment's model: a row for each domain, or under the oracle and its own decision if it settles
+    experts by prompt."""
+    method = method_named(prepared.experiment.method)
+    name = "mixed" if method.expert_count == "one" else method.name
+    if _settled_by(method) != "prompt":
+        told = _settled_by(method) == "domain"
+        experts = [e.domain_id for examples in prepared.held.values() for e in examples] if told else None
+        scores = score_domains(model, prepared.held, pad_token_id=prepared.pad, experts=experts)
+        results.rows += rows_of(name, scores)
+        return
     routed = measure_routed(model, prepared.held, pad_token_id=prepared.pad, name=name)
     decision = model.peft_config[ADAPTER].decision
     if decision not in routed.by_decision and decision != "pinned":
@@ -230,43 +157,42 @@ def measure(prepared: Prepared, model: Any, results: Results) -> None:
     results.routed = routed
 
 
+def _settled_by(method: Method) -> str:
+    return method.router.settled_by if method.router is not None else "nothing"
+
+
 def answers(prepared: Prepared, model: Any, most_tokens: int = 40) -> list[dict[str, Any]]:
-    """Returns one routed answer for each domain: to the first held-out prompt that leaves room for one."""
+    """Returns one answer for each domain: to the first held-out prompt that leaves room for one."""
     room = getattr(prepared.base.config, "max_position_embeddings", None) or 1 << 30
+    how = _settled_by(method_named(prepared.experiment.method))
     shown = []
-    for domain, examples in prepared.held.items():
+    for domain_id, (domain, examples) in enumerate(prepared.held.items()):
         fitting = (e for e in examples if e.encoded.prompt_length + most_tokens <= room)
         example = next(fitting, None)
         if example is None or example.record is None:
             continue
         prompt = torch.tensor([example.encoded.input_ids[: example.encoded.prompt_length]], device=model.device)
-        pinned = model.peft_config[ADAPTER].decision == "pinned"
-        route = model.route(input_ids=prompt, expert=domain if pinned else None)[0]
+        asked: dict[str, Any] = {}
+        said: dict[str, Any] = {}
+        if how == "prompt":
+            pinned = model.peft_config[ADAPTER].decision == "pinned"
+            route = model.route(input_ids=prompt, expert=domain if pinned else None)[0]
+            asked["expert"] = route.expert
+            said = {"expert": route.expert, "probability": round(route.probabilities[route.expert], 4)}
+        elif how == "domain":
+            asked["domain_ids"] = torch.tensor([domain_id], device=model.device)
         written = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            expert=route.expert,
             max_new_tokens=most_tokens,
             do_sample=False,
             pad_token_id=prepared.pad,
+            **asked,
         )
         answer = prepared.tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
-        shown.append(
-            {
-                "domain": domain,
-                "prompt": example.record.prompt,
-                "expert": route.expert,
-                "probability": round(route.probabilities[route.expert], 4),
-                "answer": answer.strip(),
-                "reference": example.record.response,
-            }
-        )
+        texts = {"answer": answer.strip(), "reference": example.record.response}
+        shown.append({"domain": domain, "prompt": example.record.prompt, **said, **texts})
     return shown
-
-
-def _save(model: PeftModel, folder: Path) -> None:
-    """Saves the adapter alone. The embeddings are frozen, and asking would mean looking the base up on the Hub."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def measure_run(experiment: Experiment, run: RunFolder, console: Console) -> dict[str, Any]:
@@ -275,21 +201,23 @@ def measure_run(experiment: Experiment, run: RunFolder, console: Console) -> dic
     Raises:
         ModelError: the adapter is missing or damaged.
     """
-    check_trained(run)
+    method = method_named(experiment.method)
+    check_trained(run, method)
     started = time.monotonic()
     prepared = prepare(experiment, console, new=False)
-    model = load_adapter(prepared.base, run.model)
-    if method_named(experiment.method).router is not None and prepared.domains != model.experts:
+    model = load_trained(prepared.base, run, method)
+    known = prepared.domains
+    if method.router is not None:
+        config = model.peft_config[ADAPTER]
+        known = config.domains or (config.experts if method.expert_count == "one per domain" else known)
+    if prepared.domains != known:
         raise DataError(
             f"{run.path}: the data now has the domains {', '.join(prepared.domains)}, the model's experts are "
-            f"{', '.join(model.experts)}. Expected the same, in the same order; restore the data of "
-            "the run."
+            f"{', '.join(known)}. Expected the same, in the same order; restore the data of the run."
         )
     results = Results()
-    if method_named(experiment.method).router is None:
-        results.rows += rows_of("mixed", score_domains(model, prepared.held, pad_token_id=prepared.pad))
-    else:
-        measure(prepared, model, results)
+    measure(prepared, model, results)
+    if method.expert_count != "one":
         results.examples = answers(prepared, model)
     results.seconds = time.monotonic() - started
     return results.as_dict(prepared.domains, experiment.method)

@@ -9,14 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
+from loramix.adapter_settings import adapter_config
 from loramix.data.collation import Example
 from loramix.data.domains import Cut, encode_domain, read_domains
 from loramix.data.mixing import domain_shares
 from loramix.environment import environment
 from loramix.errors import DataError, Problems
-from loramix.experiment import adapter_config, as_yaml
+from loramix.experiment import as_yaml
 from loramix.methods import method_named
-from loramix.models import load_base, load_tokenizer
+from loramix.models import load_base, load_skeleton, load_tokenizer
 from loramix.run_folder import RunFolder, write_json
 from loramix.settings import Experiment
 from loramix.tuner import check_fit
@@ -54,6 +55,12 @@ class Prepared:
         sizes = {domain: len(examples) for domain, examples in self.train.items()}
         return domain_shares(sizes, data.mixing, temperature=data.mixing_temperature, weights=data.mixing_weights)
 
+    def kinds(self) -> list[int]:
+        """Returns the kind of each domain, 0 or 1: as set, else the first half 0 and the second half 1."""
+        kinds = self.experiment.data.kinds or {}
+        count = len(self.domains)
+        return [kinds.get(domain, position * 2 // count) for position, domain in enumerate(self.domains)]
+
 
 def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Prepared:
     """Returns the experiment's data and base. Nothing is written before all of it is found good.
@@ -86,9 +93,9 @@ def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Pr
         held[domain], held_cut = encode_domain(tokenizer, split.test, domain_id, **how)
         counts[domain] = {"train": _counts(train[domain], cut), "test": _counts(held[domain], held_cut)}
     _check_not_empty(train, held, data.max_length)
+    if method_named(experiment.method).tuner == "loramix":
+        check_fit(load_skeleton(experiment.model_name_or_path), adapter_config(experiment, list(train)))
     base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
-    one_expert = method_named(experiment.method).expert_count == "one"
-    check_fit(base, adapter_config(experiment, ["mixed"] if one_expert else list(train)))
     run = RunFolder(Path(experiment.output_dir))
     if new:
         run.create()

@@ -13,7 +13,7 @@ activation checkpointing a layer runs twice and a list would hold its routing tw
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,43 +23,112 @@ from loramix.errors import ConfigError
 Level = Literal["sequence", "token"]
 
 
+class ExpertOrder(NamedTuple):
+    """The S * K choices of a routing, sorted by expert, for kernels that work on one expert's tokens together.
+
+    Attributes:
+        places_M: the place (0..S-1) of each sorted choice, int64 (M,), M = S * K.
+        sorted_M: the choice (place * K + k) of each sorted position, int64 (M,).
+        inverse_M: the sorted position of each choice, int64 (M,).
+        ends_E: where each expert's choices end, int32 (E,).
+    """
+
+    places_M: Tensor
+    sorted_M: Tensor
+    inverse_M: Tensor
+    ends_E: Tensor
+
+
 @dataclass(frozen=True)
 class Routing:
     """What a router decided.
 
     Attributes:
-        ids: chosen experts, int64 (S, K).
+        ids: chosen experts, int64 (S, K); None where all E experts take part, in order (K = E).
         weights: their weights, (S, K).
         logits: the router's raw scores in fp32, (S, E); None where the decision was carried over or pinned
-            and the router did not run.
+            and the router did not run, and for routers that score nothing.
         level: "sequence" (S = B, one decision for all tokens of a row) or "token" (S = N).
         mask: which of the S decisions count in losses and statistics, bool (S,).
+        probabilities: the router's distribution before it selects, fp32 (S, E), where it has one; balance losses
+            read it.
     """
 
-    ids: Tensor
+    ids: Tensor | None
     weights: Tensor
     logits: Tensor | None
     level: Level
     mask: Tensor
+    probabilities: Tensor | None = None
 
     def gates(self, num_experts: int) -> Tensor:
         """Returns the dense weights (S, E): `weights` at `ids`, zero elsewhere."""
+        if self.ids is None:
+            return self.weights
         dense = self.weights.new_zeros(self.ids.shape[0], num_experts)
         return dense.scatter_add(1, self.ids, self.weights)
 
+    def chosen(self) -> Tensor:
+        """Returns the experts that take part, int64 (S, K)."""
+        if self.ids is not None:
+            return self.ids
+        places, experts = self.weights.shape
+        return torch.arange(experts, device=self.weights.device).expand(places, experts)
+
+    def order(self, num_experts: int) -> ExpertOrder:
+        """Returns the choices sorted by expert; sorted once for all modules that follow this routing."""
+        if "_order" not in self.__dict__:
+            ids_SK = self.chosen()
+            sorted_M = ids_SK.flatten().argsort(stable=True)
+            inverse_M = torch.empty_like(sorted_M)
+            inverse_M[sorted_M] = torch.arange(len(sorted_M), device=sorted_M.device)
+            counts_E = torch.zeros(num_experts, dtype=torch.int32, device=ids_SK.device)
+            counts_E.index_add_(0, ids_SK.flatten(), torch.ones_like(sorted_M, dtype=torch.int32))
+            ends_E = counts_E.cumsum(0).int()
+            self.__dict__["_order"] = ExpertOrder(sorted_M // ids_SK.shape[1], sorted_M, inverse_M, ends_E)
+        order: ExpertOrder = self.__dict__["_order"]
+        return order
+
+    def slots(self) -> tuple[Routing, ...]:
+        """Returns K routings, the k-th with each place's k-th choice at weight 1: for experts that are applied before
+        they are weighed and summed. Made once, so that all modules of a block share what is sorted."""
+        if "_slots" not in self.__dict__:
+            ids_SK, ones_S1 = self.chosen(), torch.ones_like(self.weights[:, :1])
+            self.__dict__["_slots"] = tuple(
+                replace(self, ids=ids_SK[:, k : k + 1], weights=ones_S1) for k in range(ids_SK.shape[1])
+            )
+        slots: tuple[Routing, ...] = self.__dict__["_slots"]
+        return slots
+
     def expanded(self, rows: int) -> Routing:
         """Returns the same decisions for `rows` rows, each repeated in place (beams follow their prompt)."""
-        have = self.ids.shape[0]
+        have = self.weights.shape[0]
         if rows == have:
             return self
         times = copies_per_row(have, rows)
         return replace(
             self,
-            ids=self.ids.repeat_interleave(times, 0),
+            ids=None if self.ids is None else self.ids.repeat_interleave(times, 0),
             weights=self.weights.repeat_interleave(times, 0),
             logits=None if self.logits is None else self.logits.repeat_interleave(times, 0),
+            probabilities=None if self.probabilities is None else self.probabilities.repeat_interleave(times, 0),
             mask=self.mask.repeat_interleave(times, 0),
         )
+
+
+@dataclass(frozen=True)
+class ExpertOutputs:
+    """What some experts made of some tokens of one module, for losses that compare experts.
+
+    Attributes:
+        ids_M: the expert of each output, int64 (M,).
+        outputs_MO: s B_e A_e x, (M, O).
+        mask_M: which of them count (padding does not), bool (M,).
+    """
+
+    ids_M: Tensor
+    outputs_MO: Tensor
+    mask_M: Tensor
 
 
 def copies_per_row(have: int, rows: int) -> int:
@@ -84,25 +153,29 @@ class Call:
         mask_BT: real tokens of this forward's input, bool (B, T).
         prompt_mask_BT: tokens a sequence router may read, bool (B, T); never the response.
         expert_ids_B: the expert of each row if it is settled (label, pin or decision), int64 (B,); else None.
+        domain_ids_B: the domain of each row, for routers that are told it, int64 (B,); else None.
         carried: routings of the prefill, by scope, for the decode steps that follow it.
         base_only: this forward reads the prompt with the base alone: routers take in what they see, experts rest.
         stop_after: the scope after whose router the forward is abandoned (reading a prompt); None for a whole forward.
         pooled: by scope, what a router took in while the base read the prompt, (B, I).
         routings: by scope, in forward order: what each router decided.
+        outputs: by module, what its experts made of a sample of tokens; only for losses that compare experts.
     """
 
     mask_BT: Tensor
     prompt_mask_BT: Tensor
     expert_ids_B: Tensor | None = None
+    domain_ids_B: Tensor | None = None
     carried: dict[str, Routing] = field(default_factory=dict)
     base_only: bool = False
     stop_after: str | None = None
     pooled: dict[str, Tensor] = field(default_factory=dict)
     routings: dict[str, Routing] = field(default_factory=dict)
+    outputs: dict[str, ExpertOutputs] = field(default_factory=dict)
 
     def snapshot(self) -> Call:
-        """Returns a copy with its own dict, so that a recomputed layer neither sees nor changes later records."""
-        return replace(self, routings=dict(self.routings))
+        """Returns a copy with its own dicts, so that a recomputed layer neither sees nor changes later records."""
+        return replace(self, routings=dict(self.routings), outputs=dict(self.outputs))
 
 
 class PromptRead(Exception):

@@ -35,21 +35,39 @@ class DataSettings(_Section):
     mixing: Literal["proportional", "uniform", "temperature", "weights"] = "proportional"
     mixing_temperature: float = Field(2.0, gt=0)
     mixing_weights: dict[str, float] | None = None
+    kinds: dict[str, Literal[0, 1]] | None = None
+    """Domain -> 0 or 1, for losses that tell two kinds of data apart (loramoe); by default the first half of the
+    domains is 0, the second 1."""
 
 
 class AdapterSettings(_Section):
-    """The adapter, in PEFT's words; see LoramixConfig."""
+    """The adapter, in PEFT's words; see LoramixConfig. What is left out takes the method's own default."""
 
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
+    r: int | None = None
+    lora_alpha: int | None = None
+    lora_dropout: float | None = None
     use_rslora: bool = False
-    target_modules: list[str] | str = "all-linear"
+    target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | None = None
+    num_experts: int | None = None
+    allocation: str | list[int] | None = None
+    bank: dict[str, Any] | None = None
     router: dict[str, Any] | None = None
+    scope: str | None = None
     decision: str | None = None
     backend: str = "auto"
+    num_virtual_tokens: int | None = Field(None, ge=1)
+    """For method prefix: trained positions in each layer."""
+
+
+class SearchSettings(_Section):
+    """A search without gradients (method lorahub); what is left out keeps the method's value."""
+
+    budget: int | None = Field(None, ge=1)
+    examples_per_domain: int | None = Field(None, ge=1)
+    l1: float | None = Field(None, ge=0)
+    bound: float | None = Field(None, gt=0)
 
 
 class Experiment(_Section):
@@ -67,7 +85,8 @@ class Experiment(_Section):
     expert_stage: dict[str, Any] = Field(default_factory=dict)
     """Settings of stage 1 that differ from `training`."""
     joint_stage: dict[str, Any] = Field(default_factory=dict)
-    """Settings of stage 2 that differ from `training`."""
+    """Settings of stage 2, or of the only stage, that differ from `training`."""
+    search: SearchSettings = SearchSettings()
     controls: list[Literal["base", "single_long", "mixed"]] = Field(default_factory=list)
     """What is measured beside the method, to compare: the bare base, each single LoRA trained on for as long as stage
     2, one LoRA trained on all domains for as long as both stages together."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,9 @@ def add_to(app: typer.Typer) -> None:
 
 def chat(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    expert: Annotated[str | None, typer.Option(help="Pin one expert instead of routing.")] = None,
+    expert: Annotated[
+        str | None, typer.Option(help="Pin one expert instead of routing; for moelora-task, the domain.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 128,
 ) -> None:
     quiet_libraries()
@@ -26,14 +28,19 @@ def chat(
     from loramix.data.prompts import encode_prompts
     from loramix.data.records import Message
     from loramix.experiment import load
+    from loramix.methods import method_named
     from loramix.opening import open_model
     from loramix.run_folder import RunFolder
 
     folder = RunFolder.opened(run)
-    model, tokenizer = open_model(load(folder.config).experiment, folder)
+    experiment = load(folder.config).experiment
+    model, tokenizer = open_model(experiment, folder)
+    router = method_named(experiment.method).router
+    settled_by = router.settled_by if router is not None else "nothing"
+    told = _told(model, settled_by, expert)
     console = result_console()
     if sys.stdin.isatty():
-        console.print(f"Experts: {', '.join(model.experts)}. An empty line ends.", highlight=False)
+        console.print(f"{experiment.method}. An empty line ends.", highlight=False)
     turns: list[Message] = []
     while True:
         try:
@@ -44,16 +51,15 @@ def chat(
             return
         turns.append(Message("user", text))
         batch = {k: v.to(model.device) for k, v in encode_prompts(tokenizer, [turns]).items()}
-        answering = expert
-        if model.peft_config["default"].router is not None:
+        if settled_by == "prompt":
             route = model.route(**batch, expert=expert)[0]
-            answering = route.expert
+            told = {"expert": route.expert}
             about = f"[{route.expert} {route.probabilities[route.expert]:.0%}] "
             console.print(about, end="", markup=False, highlight=False)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         written = model.generate(
             **batch,
-            expert=answering,
+            **told,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
@@ -61,3 +67,21 @@ def chat(
         )
         answer = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         turns.append(Message("assistant", answer))
+
+
+def _told(model: Any, settled_by: str, expert: str | None) -> dict[str, Any]:
+    """Returns what each generation is told of the expert."""
+    import torch
+
+    from loramix.errors import ConfigError
+
+    if settled_by == "domain":
+        domains = model.peft_config["default"].domains
+        if expert not in domains:
+            raise ConfigError(
+                f"--expert {expert}: this method must be told the domain. Expected one of {', '.join(domains)}."
+            )
+        return {"domain_ids": torch.tensor([domains.index(expert)], device=model.device)}
+    if settled_by == "nothing" and expert is not None:
+        raise ConfigError(f"--expert {expert}: this method pins no expert. Leave it out.")
+    return {}

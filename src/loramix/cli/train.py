@@ -9,14 +9,7 @@ import typer
 
 from loramix.cli.output import print_json, print_table, progress_console, quiet_libraries, result_console
 
-TITLES = {
-    "base": "base",
-    "single": "single LoRA",
-    "single_long": "single LoRA, as long",
-    "mixed": "mixed LoRA",
-    "moa_oracle": "MoA, oracle",
-    "moa_routed": "MoA, routed",
-}
+TITLES = {"single": "single LoRA", "single_long": "single LoRA, as long", "mixed": "mixed LoRA"}
 
 
 def add_to(app: typer.Typer) -> None:
@@ -56,10 +49,22 @@ def show(results: dict[str, Any]) -> None:
     for m in models:
         column = [cells[d, m] for d in domains if (d, m) in cells]
         means.append(_number(sum(column) / len(column) if len(column) == len(domains) else None))
-    heads = ["domain", *(TITLES.get(m, m) for m in models)]
+    heads = ["domain", *(_title(m) for m in models)]
     print_table("Perplexity on held-out responses (lower is better)", heads, [*rows, ["mean", *means]])
-    if "router_accuracy" not in results:
-        return
+    if "router_accuracy" in results:
+        _show_routers(results)
+    console = result_console()
+    for one in results["examples"]:
+        console.print(f"\n[bold]{one['domain']}[/bold]", highlight=False)
+        console.print(f"  prompt    {_short(one['prompt'])}", markup=False, highlight=False)
+        if "expert" in one:
+            console.print(f"  expert    {one['expert']} ({one['probability']:.1%})", markup=False, highlight=False)
+        console.print(f"  answer    {_short(one['answer'])}", markup=False, highlight=False)
+        console.print(f"  reference {_short(one['reference'])}", markup=False, highlight=False)
+
+
+def _show_routers(results: dict[str, Any]) -> None:
+    domains = results["domains"]
     decisions = list(results["router_accuracy_overall"])
     rows = [[d, *(f"{results['router_accuracy'][d][x]:.1%}" for x in decisions)] for d in domains]
     rows.append(["all", *(f"{results['router_accuracy_overall'][x]:.1%}" for x in decisions)])
@@ -69,13 +74,16 @@ def show(results: dict[str, Any]) -> None:
         counts = results["router_confusion"]["last"]
         rows = [[d, *map(str, row)] for d, row in zip(domains, counts, strict=True)]
         print_table("Where prompts went under the decision of the last router", ["domain", *domains], rows)
-    console = result_console()
-    for one in results["examples"]:
-        console.print(f"\n[bold]{one['domain']}[/bold]", highlight=False)
-        console.print(f"  prompt    {_short(one['prompt'])}", markup=False, highlight=False)
-        console.print(f"  expert    {one['expert']} ({one['probability']:.1%})", markup=False, highlight=False)
-        console.print(f"  answer    {_short(one['answer'])}", markup=False, highlight=False)
-        console.print(f"  reference {_short(one['reference'])}", markup=False, highlight=False)
+
+
+def _title(model: str) -> str:
+    """Returns the heading of a model's column: "MoA, oracle" for moa_oracle."""
+    from loramix.methods import METHODS
+
+    name, _, how = model.partition("_")
+    if model in TITLES or name not in METHODS:
+        return TITLES.get(model, model)
+    return METHODS[name].title.partition(" (")[0] + (f", {how}" if how else "")
 
 
 def _number(value: float | None) -> str:

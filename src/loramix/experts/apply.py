@@ -1,17 +1,15 @@
-"""Pure functions that add the experts' delta to the output of a frozen layer: three equal ways, one oracle.
+"""Equal ways of adding the routed experts' delta to a frozen layer's output.
 
-For each token with hidden state x, with gates g_e (zero for experts not chosen) and scaling s = alpha / r:
+    y = y0 + s * sum_e gates[e] * B_e A_e x
 
-    y + s * sum_e g_e * B_e A_e x
-
-`loop` is that equation written plainly, one expert after the other; the others must agree with it in the output and in
-every gradient (tests/test_apply.py). All take and return the same:
+`loop` is the reference: the equation written plainly, one expert after the other; the others must agree with it in the
+output and in every gradient (tests/test_apply.py). All take and return the same:
 
     y_BTO        output of the frozen layer
     x_BTI        its input, after the adapter's dropout
-    A_ERI, B_EOR the stacked experts
-    gates_BTE    dense weights; T may be 1 where one decision serves the whole sequence
-    scaling      alpha / r
+    A_ERI, B_EOR the stacked experts; one of the two may be shared by all experts, (1, R, I) or (1, O, R)
+    routing      weights by token, or one decision for a whole sequence
+    scaling      s, alpha / r
 """
 
 from __future__ import annotations
@@ -21,9 +19,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from loramix.experts.fused import gated, up
+from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
 
 Apply = Callable[[Tensor, Tensor, Tensor, Tensor, Routing, float], Tensor]
+
+CONCAT_UP_TO = 192
+"""E * R up to which all experts' channels for every token cost less than sorting tokens by expert. Measured here at
+top 2 (benchmarks/step_cost.py): even at 128 to 256; on a GPU the crossing lies higher (peers' figures: 300 to 1600)."""
 
 
 def gates_like(x_BTI: Tensor, routing: Routing, num_experts: int) -> Tensor:
@@ -34,29 +38,35 @@ def gates_like(x_BTI: Tensor, routing: Routing, num_experts: int) -> Tensor:
     return gates_SE.reshape(x_BTI.shape[0], x_BTI.shape[1], num_experts)
 
 
+def gates_by_token(x_BTI: Tensor, routing: Routing, num_experts: int) -> Tensor | None:
+    """Returns the dense gates by token, (N, E), in x's type; None for a single expert, whose weight is 1."""
+    if num_experts == 1 and routing.logits is None:
+        return None
+    gates = gates_like(x_BTI, routing, num_experts)
+    return gates.expand(x_BTI.shape[0], x_BTI.shape[1], num_experts).reshape(-1, num_experts)
+
+
 def loop(y_BTO: Tensor, x_BTI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing: Routing, scaling: float) -> Tensor:
     """The reference: one expert after the other, every token through every expert. Slow, exact, any dtype."""
-    gates_BTE = gates_like(x_BTI, routing, A_ERI.shape[0])
-    for e in range(A_ERI.shape[0]):
-        delta_BTO = (x_BTI @ A_ERI[e].T) @ B_EOR[e].T
-        y_BTO = y_BTO + scaling * gates_BTE[..., e : e + 1] * delta_BTO
+    num_experts = max(A_ERI.shape[0], B_EOR.shape[0])
+    gates_BTE = gates_like(x_BTI, routing, num_experts)
+    for e in range(num_experts):
+        down_RI, up_OR = A_ERI[e % A_ERI.shape[0]], B_EOR[e % B_EOR.shape[0]]
+        y_BTO = y_BTO + scaling * gates_BTE[..., e : e + 1] * ((x_BTI @ down_RI.T) @ up_OR.T)
     return y_BTO
 
 
 def concat(y_BTO: Tensor, x_BTI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing: Routing, scaling: float) -> Tensor:
     """Two GEMMs for all experts: the E * R code is gated, then projected and added to y in one addmm.
 
-    No per-expert delta of width O exists. Costs E * R channels for every token whatever K is.
+    No per-expert delta of width O exists. Costs E * R channels for every token whatever K is. No data-dependent shapes,
+    so torch.compile takes it whole. A shared A gives one code for all experts, a shared B takes the sum of their codes.
     """
-    num_experts, rank, _ = A_ERI.shape
-    batch, length, out = y_BTO.shape
-    code_BTX = x_BTI @ A_ERI.reshape(num_experts * rank, -1).T
-    if num_experts > 1:
-        gates_BTE = gates_like(x_BTI, routing, num_experts)
-        code_BTX = (code_BTX.view(batch, length, num_experts, rank) * gates_BTE[..., None]).flatten(-2)
-    up_XO = B_EOR.permute(0, 2, 1).reshape(num_experts * rank, out)
-    added = torch.addmm(y_BTO.reshape(batch * length, out), code_BTX.reshape(batch * length, -1), up_XO, alpha=scaling)
-    return added.view(batch, length, out)
+    out = y_BTO.shape[-1]
+    gates_NE = gates_by_token(x_BTI, routing, max(A_ERI.shape[0], B_EOR.shape[0]))
+    code_NX = x_BTI.reshape(-1, x_BTI.shape[-1]) @ A_ERI.flatten(0, 1).T
+    gated_NX = gated(code_NX, gates_NE, A_ERI.shape[0], B_EOR.shape[0])
+    return torch.addmm(y_BTO.reshape(-1, out), gated_NX, up(B_EOR), alpha=scaling).view(y_BTO.shape)
 
 
 def per_sequence(
@@ -70,22 +80,34 @@ def per_sequence(
     if routing.level != "sequence":
         raise ValueError(
             "backend 'per_sequence' was given a routing by token. Expected one decision per sequence. "
-            "Use backend 'concat' or 'loop' with token routers."
+            "Use backend 'concat', 'grouped' or 'loop' with token routers."
         )
-    weights_BK = routing.weights.to(x_BTI.dtype)
-    for k in range(routing.ids.shape[1]):
-        down_BRI, up_BOR = A_ERI[routing.ids[:, k]], B_EOR[routing.ids[:, k]]
+    weights_BK, ids_BK = routing.weights.to(x_BTI.dtype), routing.chosen()
+    for k in range(ids_BK.shape[1]):
+        down_BRI = A_ERI[ids_BK[:, k]] if A_ERI.shape[0] > 1 else A_ERI.expand(len(ids_BK), -1, -1)
+        up_BOR = B_EOR[ids_BK[:, k]] if B_EOR.shape[0] > 1 else B_EOR.expand(len(ids_BK), -1, -1)
         code_BTR = torch.bmm(x_BTI, down_BRI.transpose(1, 2)) * weights_BK[:, k, None, None]
         y_BTO = torch.baddbmm(y_BTO, code_BTR, up_BOR.transpose(1, 2), alpha=scaling)
     return y_BTO
 
 
-BACKENDS: dict[str, Apply] = {"loop": loop, "concat": concat, "per_sequence": per_sequence}
+BACKENDS: dict[str, Apply] = {"loop": loop, "concat": concat, "per_sequence": per_sequence, "grouped": grouped}
 
 
-def choose(backend: str, routing: Routing, num_experts: int) -> Apply:
-    """Returns the function for a backend name; "auto" takes `concat` for one expert or token routings, else
-    `per_sequence`, which costs one expert instead of E (docs/decisions/0004-apply-backends.md)."""
+def choose(backend: str, routing: Routing, A_ERI: Tensor, B_EOR: Tensor) -> str:
+    """Returns the name of the backend for these experts and this routing.
+
+    "auto": `per_sequence` where a sequence has fewer experts than there are; `concat` up to a width of `CONCAT_UP_TO`;
+    above it `grouped`, where each token has few experts and grouped_mm takes the sizes
+    (docs/decisions/0004-apply-backends.md).
+    """
     if backend != "auto":
-        return BACKENDS[backend]
-    return per_sequence if routing.level == "sequence" and num_experts > 1 else concat
+        return backend
+    num_experts, rank = max(A_ERI.shape[0], B_EOR.shape[0]), A_ERI.shape[1]
+    chosen = routing.weights.shape[1]
+    if routing.level == "sequence":
+        return "per_sequence" if chosen < num_experts else "concat"
+    sparse = chosen * 4 <= num_experts and num_experts * rank > CONCAT_UP_TO
+    if sparse and not torch.compiler.is_compiling():
+        return "grouped" if fits(rank, A_ERI.shape[2], B_EOR.shape[1], A_ERI.dtype) else "concat"
+    return "concat"

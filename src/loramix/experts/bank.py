@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from loramix.experts.apply import choose
-from loramix.routing import Routing
+from loramix.experts import ffn
+from loramix.experts.apply import BACKENDS, choose, gates_by_token
+from loramix.experts.config import BankConfig
+from loramix.experts.fused import can_fuse, fused
+from loramix.routing import ExpertOutputs, Routing
+
+SAMPLED_TOKENS = 32
+"""How many tokens of a batch a loss over expert outputs looks at, in each module: outputs are wide, pairs many."""
 
 
 class LoraBank(nn.Module):
-    """E LoRA experts of one module as two tensors: A_ERI (E, R, I) and B_EOR (E, O, R).
+    """E LoRA experts of one module as two tensors: A_ERI (E, R, I) and B_EOR (E, O, R); a shared one has E = 1.
 
     Slice e of the two is exactly PEFT's `lora_A.weight` (R, I) and `lora_B.weight` (O, R). One stacked tensor, not E
     modules: one optimizer tensor, and an expert that got no token has a zero gradient, not none, so data-parallel
@@ -19,8 +26,9 @@ class LoraBank(nn.Module):
     Args:
         in_features, out_features: I and O of the frozen module.
         num_experts: E.
-        rank: R.
+        rank: R of each expert.
         scaling: factor of the delta, alpha / r (or alpha / sqrt(r) for rsLoRA).
+        form: what the experts share and how they are added up.
         dropout: probability of dropping an input feature in training; one mask for all experts.
         backend: a name in `experts.apply.BACKENDS`, or "auto".
         init_weights: False leaves B random too (for tests); True is LoRA's start, delta = 0.
@@ -34,18 +42,21 @@ class LoraBank(nn.Module):
         num_experts: int,
         rank: int,
         scaling: float,
+        form: BankConfig | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
         init_weights: bool = True,
     ) -> None:
         super().__init__()
+        self.form = form if form is not None else BankConfig()
         self.num_experts = num_experts
         self.rank = rank
         self.scaling = scaling
         self.backend = backend
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.A_ERI = nn.Parameter(torch.empty(num_experts, rank, in_features))
-        self.B_EOR = nn.Parameter(torch.empty(num_experts, out_features, rank))
+        downs, ups = (1 if self.form.share == shared else num_experts for shared in ("down", "up"))
+        self.A_ERI = nn.Parameter(torch.empty(downs, rank, in_features))
+        self.B_EOR = nn.Parameter(torch.empty(ups, out_features, rank))
         if not self.A_ERI.is_meta:
             self.reset(init_weights)
 
@@ -59,9 +70,79 @@ class LoraBank(nn.Module):
         else:
             nn.init.normal_(self.B_EOR, std=1 / self.rank)
 
-    def forward(self, y_BTO: Tensor, x_BTI: Tensor, routing: Routing) -> Tensor:
-        """Returns y_BTO with the routed experts' delta added, in y's dtype."""
-        x_BTI = self.dropout(x_BTI.to(self.A_ERI.dtype))
-        apply = choose(self.backend, routing, self.num_experts)
-        added = apply(y_BTO.to(x_BTI.dtype), x_BTI, self.A_ERI, self.B_EOR, routing, self.scaling)
+    def forward(self, base_layer: nn.Module, x_BTI: Tensor, routing: Routing) -> Tensor:
+        """Returns base_layer(x) with the routed experts' delta added, in the base's type."""
+        if self.form.combine == "matrices":
+            A_ERI, B_EOR = self._summed(routing)
+            routing = one_expert(x_BTI)
+        else:
+            A_ERI, B_EOR = self.matrices()
+        dropped_BTI = self.dropout(x_BTI.to(self.A_ERI.dtype))
+        name = choose(self.backend, routing, A_ERI, B_EOR)
+        if name == "concat" and self.backend == "auto" and can_fuse(base_layer, x_BTI, A_ERI):
+            assert isinstance(base_layer, nn.Linear)
+            gates_NE = gates_by_token(dropped_BTI, routing, max(len(A_ERI), len(B_EOR)))
+            return fused(base_layer, x_BTI, dropped_BTI, A_ERI, B_EOR, gates_NE, self.scaling)
+        y_BTO: Tensor = base_layer(x_BTI)
+        added = BACKENDS[name](y_BTO.to(dropped_BTI.dtype), dropped_BTI, A_ERI, B_EOR, routing, self.scaling)
         return added.to(y_BTO.dtype)
+
+    def expand(self, base_layer: nn.Module, x_BTI: Tensor, routing: Routing) -> Tensor:
+        """Returns (K, B, T, O): the first half of a feed-forward block, for each of a token's experts."""
+        y_BTO: Tensor = base_layer(x_BTI)
+        dropped_BTI = self.dropout(x_BTI.to(self.A_ERI.dtype))
+        A_ERI, B_EOR = self.matrices()
+        y = y_BTO.to(dropped_BTI.dtype)
+        return ffn.expand(y, dropped_BTI, A_ERI, B_EOR, routing, self.scaling, self.backend).to(y_BTO.dtype)
+
+    def contract(self, base_layer: nn.Module, inner_KBTI: Tensor, routing: Routing) -> Tensor:
+        """Returns (B, T, O): the second half of a feed-forward block, summed over each token's experts."""
+        weighted_KBTI = ffn.weighted(inner_KBTI, routing)
+        y_BTO: Tensor = base_layer(weighted_KBTI.sum(dim=0))
+        dropped_KBTI = self.dropout(weighted_KBTI.to(self.A_ERI.dtype))
+        A_ERI, B_EOR = self.matrices()
+        y = y_BTO.to(dropped_KBTI.dtype)
+        return ffn.contract(y, dropped_KBTI, A_ERI, B_EOR, routing, self.scaling, self.backend).to(y_BTO.dtype)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Returns A and B as this forward uses them: with dropout on the shared one."""
+        A_ERI, B_EOR = self.A_ERI, self.B_EOR
+        if self.form.share == "down":
+            A_ERI = F.dropout(A_ERI, self.form.weight_dropout, self.training)
+        elif self.form.share == "up":
+            B_EOR = F.dropout(B_EOR, self.form.weight_dropout, self.training)
+        return A_ERI, B_EOR
+
+    def _summed(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Returns sum_e g_e A_e and sum_e g_e B_e as one expert; g is the same for all rows."""
+        gates_E = routing.gates(self.num_experts)[0].to(self.A_ERI.dtype)
+        return torch.einsum("e,eri->ri", gates_E, self.A_ERI)[None], torch.einsum("e,eor->or", gates_E, self.B_EOR)[
+            None
+        ]
+
+    def each_output(self, x_BTI: Tensor) -> Tensor:
+        """Returns what each expert makes of each token, s B_e A_e x, (B, T, E, O)."""
+        code_BTER = torch.einsum("bti,eri->bter", x_BTI.to(self.A_ERI.dtype), self.A_ERI)
+        return self.scaling * torch.einsum("bter,eor->bteo", code_BTER, self.B_EOR)
+
+    def sampled_outputs(self, x_BTI: Tensor, routing: Routing) -> ExpertOutputs:
+        """Returns what the chosen experts make of a sample of tokens, evenly spaced over the batch."""
+        x_NI = x_BTI.reshape(-1, x_BTI.shape[-1])
+        step = max(1, len(x_NI) // SAMPLED_TOKENS)
+        x_SI, ids_SK = x_NI[::step].to(self.A_ERI.dtype), routing.chosen()[::step]
+        outputs_SEO = self.each_output(x_SI[None])[0]
+        picked_SKO = outputs_SEO.gather(1, ids_SK[:, :, None].expand(-1, -1, outputs_SEO.shape[-1]))
+        mask_SK = routing.mask[::step, None].expand_as(ids_SK)
+        return ExpertOutputs(ids_SK.flatten(), picked_SKO.flatten(0, 1), mask_SK.flatten())
+
+
+def one_expert(x_BTI: Tensor) -> Routing:
+    """Returns the routing of a method without router: expert 0 with weight 1 for every row."""
+    rows = x_BTI.shape[0]
+    return Routing(
+        ids=torch.zeros(rows, 1, dtype=torch.int64, device=x_BTI.device),
+        weights=x_BTI.new_ones(rows, 1),
+        logits=None,
+        level="sequence",
+        mask=torch.ones(rows, dtype=torch.bool, device=x_BTI.device),
+    )

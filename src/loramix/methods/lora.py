@@ -12,9 +12,7 @@ LORA = Method(
     title="LoRA",
     paper="https://arxiv.org/abs/2106.09685",
     summary="one expert for all tokens, no router",
+    equation="y = W0 x + s B A x",
     expert_count="one",
-    router=None,
-    scope=None,
-    decision=None,
     stages=(Stage(name="joint", trains=("experts",), data="all domains"),),
 )

@@ -16,12 +16,18 @@ MOA = Method(
     title="MoA (Mixture-of-LoRAs)",
     paper="https://arxiv.org/abs/2403.03432",
     summary="one expert per domain; a router per layer is taught the domain label; one expert per sequence",
+    equation="y = W0 x + s B_e A_e x,  e = argmax router(prompt)",
     expert_count="one per domain",
     router=SequenceRouterConfig(),
     scope="layer",
     decision="last",
     stages=(
         Stage(name="experts", trains=("experts",), data="each domain alone"),
-        Stage(name="joint", trains=("experts", "routers"), data="all domains", losses=("routing_cross_entropy",)),
+        Stage(
+            name="joint",
+            trains=("experts", "routers"),
+            data="all domains",
+            losses={"routing_cross_entropy": 0.1},
+        ),
     ),
 )

@@ -85,6 +85,23 @@ def load_base(name: str = NAME, *, dtype: str = "float32") -> Any:
     return model.requires_grad_(False).eval()
 
 
+def load_skeleton(name: str = NAME) -> Any:
+    """Returns the base without weights (on the meta device): enough to see which modules there are, in a moment.
+
+    Raises:
+        ModelError: it cannot be found.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = base_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(where)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(_not_found(name, error)) from error
+
+
 def _not_found(name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0]
     return (

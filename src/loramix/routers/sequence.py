@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loramix.routers.base import SettledBy, Site, new_weight
 from loramix.routing import Call, Level, Routing, last_true
 
 POOLINGS = ("last", "mean")
@@ -45,10 +46,14 @@ class SequenceRouterConfig:
         return "sequence"
 
     @property
+    def settled_by(self) -> SettledBy:
+        return "prompt"
+
+    @property
     def reads_base(self) -> bool:
         return self.reads == "base"
 
-    def problems(self) -> list[str]:
+    def problems(self, fewest_experts: int) -> list[str]:
         found = []
         if self.pooling not in POOLINGS:
             found.append(f"router.pooling = {self.pooling!r}: expected one of {', '.join(POOLINGS)}.")
@@ -60,8 +65,8 @@ class SequenceRouterConfig:
             found.append(f"router.hidden_size = {self.hidden_size}: expected at least 1, or null for one per expert.")
         return found
 
-    def build(self, in_features: int, num_experts: int) -> SequenceRouter:
-        return SequenceRouter(self, in_features, num_experts)
+    def build(self, site: Site) -> SequenceRouter:
+        return SequenceRouter(self, site.inputs, site.experts)
 
 
 class SequenceRouter(nn.Module):
@@ -75,12 +80,8 @@ class SequenceRouter(nn.Module):
         self.config = config
         self.num_experts = num_experts
         hidden = config.hidden_size or num_experts
-        # Plain parameters, not nn.Linear: transformers re-initialises nn.Linear modules that it finds unloaded.
-        self.w_in_HI = nn.Parameter(torch.empty(hidden, in_features))
-        self.w_out_EH = nn.Parameter(torch.empty(num_experts, hidden))
-        for weight in (self.w_in_HI, self.w_out_EH):
-            if not weight.is_meta:
-                nn.init.kaiming_uniform_(weight, a=5**0.5)
+        self.w_in_HI = new_weight(hidden, in_features)
+        self.w_out_EH = new_weight(num_experts, hidden)
 
     def pool(self, x_BTI: Tensor, prompt_mask_BT: Tensor) -> Tensor:
         """Returns one state per sequence in fp32, (B, I), from prompt positions only."""
@@ -106,13 +107,14 @@ class SequenceRouter(nn.Module):
         chosen_B = logits_BE.argmax(dim=1) if call.expert_ids_B is None else call.expert_ids_B
         return self._hard(chosen_B, logits_BE, call)
 
-    def forward(self, x_BTI: Tensor, call: Call, scope: str) -> Routing:
+    def forward(self, x_BTI: Tensor, call: Call, scope: str, outputs: Callable[[], Tensor]) -> Routing:
         """Returns the routing of each sequence.
 
         Args:
             x_BTI: input of the first adapted module of the layer.
             call: what this forward was told; its prompt mask says which positions may be read.
             scope: name of the layer.
+            outputs: not asked.
         """
         if scope in call.pooled:
             return self.decide(call.pooled[scope], call)

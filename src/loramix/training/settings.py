@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from loramix.errors import did_you_mean
+from loramix.losses import AUXILIARY
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 
@@ -13,11 +16,12 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_s
 class TrainingSettings:
     """How one stage trains. Names and meaning are those of `transformers.TrainingArguments`.
 
-    `router_learning_rate` and `routing_cross_entropy` (eta of MoA, the weight of the routing loss) are ours. The router
-    is a fresh small network beside experts that start near their end, so it has a learning rate of its own. Under Adam
-    the size of a gradient does not matter, so eta does not change how fast the routers learn. Where routers read the
-    running model it weighs how much the routing loss bends the experts below them; where they read the base, it has no
-    effect.
+    `router_learning_rate` and `losses` (weights of auxiliary losses by name, over the method's own) are ours. The
+    router is a fresh small network beside experts that start near their end, so it has a learning rate of its own.
+
+    The weight of `routing_cross_entropy` is MoA's eta. Under Adam the size of a gradient does not matter, so eta does
+    not change how fast the routers learn. Where routers read the running model it weighs how much the routing loss
+    bends the experts below them; where they read the base, it has no effect.
     """
 
     num_train_epochs: float = 3.0
@@ -26,12 +30,13 @@ class TrainingSettings:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-4
     router_learning_rate: float = 3e-3
-    routing_cross_entropy: float = 0.1
+    losses: Mapping[str, float] = field(default_factory=dict)
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     activation_checkpointing: bool = False
+    activation_checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)
     dataloader_num_workers: int = 0
     logging_steps: int = 10
     seed: int = 0
@@ -45,9 +50,15 @@ class TrainingSettings:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 found.append(f"{name} = {getattr(self, name)}: expected at least 1.")
-        for name in ("routing_cross_entropy", "weight_decay", "max_grad_norm", "warmup_steps"):
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 found.append(f"{name} = {getattr(self, name)}: expected 0 or more.")
+        found += self._loss_problems()
+        if self.activation_checkpointing_kwargs.get("use_reentrant"):
+            found.append(
+                "activation_checkpointing_kwargs.use_reentrant = true: it cuts the routers out of the graph (their "
+                "gradient is lost without a word). Leave it out."
+            )
         for name in ("seed", "dataloader_num_workers"):
             if getattr(self, name) < 0:
                 found.append(f"{name} = {getattr(self, name)}: expected 0 or more.")
@@ -58,4 +69,14 @@ class TrainingSettings:
                 f"lr_scheduler_type = {self.lr_scheduler_type!r}: expected one of {', '.join(SCHEDULERS)}."
                 f"{did_you_mean(self.lr_scheduler_type, SCHEDULERS)}"
             )
+        return found
+
+    def _loss_problems(self) -> list[str]:
+        found = []
+        for name, weight in self.losses.items():
+            if name not in AUXILIARY:
+                known = ", ".join(AUXILIARY)
+                found.append(f"losses.{name}: no such loss. Expected one of {known}.{did_you_mean(name, AUXILIARY)}")
+            elif not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+                found.append(f"losses.{name} = {weight!r}: expected a weight of 0 or more.")
         return found

@@ -29,12 +29,13 @@ def train_stage(
     output_dir: Path,
     log_file: Path,
     console: Console,
-    auxiliary: Sequence[str] = (),
+    auxiliary: Mapping[str, float] | None = None,
+    kinds: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Trains the model's active adapter on a mixture of domains and returns what was seen.
+    """Trains a model on a mixture of domains and returns what was seen.
 
     Args:
-        model: a PeftModel with a loramix adapter; trained in place.
+        model: a PeftModel, or a base; what requires gradients is trained in place.
         examples: by domain; those that take part in this stage.
         domains: all domains, in the order of `domain_ids`.
         title: for the bar and the log.
@@ -44,7 +45,8 @@ def train_stage(
         output_dir: of the run.
         log_file: JSON lines are appended to it.
         console: where progress is shown.
-        auxiliary: names of the stage's auxiliary losses.
+        auxiliary: the stage's auxiliary losses with their weights.
+        kinds: the kind of each domain, for losses that tell two kinds of data apart.
 
     Returns:
         steps, tokens (real ones), seconds and the mean training loss.
@@ -65,6 +67,7 @@ def train_stage(
         domains=domains,
         sampler=sampler,
         auxiliary=auxiliary,
+        kinds=kinds,
         args=training_arguments(settings, str(output_dir)),
         train_dataset=everything,
         data_collator=Collator(pad_token_id),

@@ -1,4 +1,4 @@
-"""Sums per domain between two log lines, kept on the device so that no step waits for them."""
+"""Sums between two log lines, by domain and by loss, kept on the device so that no step waits for them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FIELDS = ("nll", "tokens", "routing", "correct", "decided", "rows")
+FIELDS = ("nll", "tokens", "correct", "decided")
 
 
 class DomainTally:
-    """Adds up what was learned and routed, by domain, and gives it out as log entries."""
+    """Adds up what was learned and routed and gives it out as log entries."""
 
     def __init__(self, domains: Sequence[str]) -> None:
         self.domains = list(domains)
         self.sums: Tensor | None = None
+        self.auxiliary: dict[str, tuple[Tensor, int]] = {}
 
     def add(self, domain_ids_B: Tensor, **values: Tensor) -> None:
         """Adds values of the rows of a batch, each (B,), under names in FIELDS."""
@@ -26,18 +27,23 @@ class DomainTally:
         ]
         self.sums.index_add_(0, domain_ids_B, torch.stack(columns, dim=1))
 
+    def add_auxiliary(self, name: str, value: Tensor) -> None:
+        """Adds the value of an auxiliary loss in one micro-batch, before its weight."""
+        total, count = self.auxiliary.get(name, (torch.zeros_like(value.detach()), 0))
+        self.auxiliary[name] = (total + value.detach(), count + 1)
+
     def drain(self) -> dict[str, float]:
-        """Returns loss/<domain>, routing_loss/<domain> and router_accuracy/<domain> since the last time, and starts
-        anew. Domains that had no rows are left out."""
-        if self.sums is None:
-            return {}
+        """Returns loss/<domain>, router_accuracy/<domain> and auxiliary/<loss> since the last time, and starts anew.
+        Domains that had no rows are left out."""
         entries: dict[str, float] = {}
-        for domain, row in zip(self.domains, self.sums.tolist(), strict=True):
-            nll, tokens, routing, correct, decided, rows = row
-            if tokens:
-                entries[f"loss/{domain}"] = nll / tokens
-            if decided:
-                entries[f"routing_loss/{domain}"] = routing / rows
-                entries[f"router_accuracy/{domain}"] = correct / decided
-        self.sums = None
+        if self.sums is not None:
+            for domain, row in zip(self.domains, self.sums.tolist(), strict=True):
+                nll, tokens, correct, decided = row
+                if tokens:
+                    entries[f"loss/{domain}"] = nll / tokens
+                if decided:
+                    entries[f"router_accuracy/{domain}"] = correct / decided
+        for name, (total, count) in self.auxiliary.items():
+            entries[f"auxiliary/{name}"] = float(total) / count
+        self.sums, self.auxiliary = None, {}
         return entries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from transformers import Trainer, TrainingArguments
 
 from loramix.errors import ConfigError
 from loramix.labels import IGNORED
-from loramix.losses import layer_correct, next_token_nll, routing_cross_entropy, supervised_positions
+from loramix.losses import AUXILIARY, Seen, layer_correct, next_token_nll, supervised_positions
 from loramix.models.head import head_can_choose, logits_at
 from loramix.training.settings import TrainingSettings
 from loramix.training.tally import DomainTally
+from loramix.tuner import LoramixConfig
 
 
 def training_arguments(
@@ -34,6 +35,7 @@ def training_arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         activation_checkpointing=settings.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False, **settings.activation_checkpointing_kwargs},
         dataloader_num_workers=settings.dataloader_num_workers,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
@@ -52,17 +54,20 @@ def training_arguments(
 
 
 class MixtureTrainer(Trainer):
-    """Trains the active loramix adapter of a model on examples with domains.
+    """Trains a model (its active loramix adapter, another PEFT adapter, or all of it) on examples with domains.
 
-    The loss of a step is  sum of NLL / supervised tokens + eta * sum of routing losses / rows,  with both sums over all
-    micro-batches of the step: accumulating 4 x 1 row gives the gradient of 1 x 4 rows.
+    The loss of a step is  sum of NLL / supervised tokens + sum over auxiliary losses of weight * mean,  with sums and
+    means over all micro-batches of the step: accumulating 4 x 1 row gives the gradient of 1 x 4 rows. The exception are
+    losses on a batch's statistics (load balance, localized balance, contrastive): they are taken in each micro-batch
+    and weighted by its share of the step (docs/decisions/0006-losses-on-batch-statistics.md).
 
     Args:
-        model: a PeftModel with a loramix adapter.
+        model: a PeftModel, or a base.
         settings: of the stage.
         domains: names, in the order of `domain_ids`; for the log.
         sampler: order of the examples, or None for transformers' own.
-        auxiliary: names of the stage's auxiliary losses; "routing_cross_entropy" is known.
+        auxiliary: auxiliary losses by name with their weights; a weight of 0 leaves a loss out.
+        kinds: for losses that tell two kinds of data apart, the kind of each domain, 0 or 1.
         **kwargs: for `transformers.Trainer` (args, train_dataset, data_collator, callbacks, ...).
     """
 
@@ -73,7 +78,8 @@ class MixtureTrainer(Trainer):
         settings: TrainingSettings,
         domains: Sequence[str],
         sampler: Sampler[int] | None = None,
-        auxiliary: Sequence[str] = (),
+        auxiliary: Mapping[str, float] | None = None,
+        kinds: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("eval_dataset") is not None:
@@ -81,12 +87,16 @@ class MixtureTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         self.settings = settings
         self.sampler = sampler
-        self.auxiliary = tuple(auxiliary)
+        self.auxiliary = {name: weight for name, weight in (auxiliary or {}).items() if weight > 0}
+        self.kinds = torch.tensor(kinds if kinds is not None else [0] * len(domains))
+        self._told = hasattr(model, "peft_config") and any(
+            isinstance(c, LoramixConfig) for c in model.peft_config.values()
+        )
         self.tally = DomainTally(domains)
         self.tokens_seen = 0
         self.loss_is_scaled_for_ga = True
         """Read by Trainer: our loss is divided by the whole step's counts already."""
-        self._step_tokens = self._step_rows = torch.ones(())
+        self._step_tokens = self._step_rows = self._step_real = torch.ones(())
         self._head_can_choose = head_can_choose(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -116,11 +126,12 @@ class MixtureTrainer(Trainer):
             [
                 sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches),
                 sum(len(batch["labels"]) for batch in batches),
+                sum(int(batch["attention_mask"].sum()) for batch in batches),
             ],
             device=device,
             dtype=torch.float32,
         )
-        self._step_tokens, self._step_rows = self.accelerator.reduce(counts, reduction="sum").unbind()
+        self._step_tokens, self._step_rows, self._step_real = self.accelerator.reduce(counts, reduction="sum").unbind()
         self.tokens_seen += sum(int(batch["attention_mask"].sum()) for batch in batches)
         return batches, items
 
@@ -133,26 +144,41 @@ class MixtureTrainer(Trainer):
     ) -> Any:
         """Returns this micro-batch's part of the step's loss."""
         labels_BT = inputs["labels"]
-        asked = {k: v for k, v in inputs.items() if k != "labels"}
+        unasked = {"labels"} if self._told else {"labels", "domain_ids", "prompt_mask"}
+        asked = {k: v for k, v in inputs.items() if k not in unasked}
         positions_P = supervised_positions(labels_BT)
         logits_BPV = logits_at(model, positions_P, can_choose=self._head_can_choose, **asked)
         nll_M, rows_M = next_token_nll(logits_BPV, labels_BT, positions_P)
         domain_ids_B = inputs["domain_ids"]
-        ones_M, ones_B = torch.ones_like(nll_M), torch.ones_like(domain_ids_B, dtype=torch.float32)
-        self.tally.add(domain_ids_B[rows_M], nll=nll_M, tokens=ones_M)
+        self.tally.add(domain_ids_B[rows_M], nll=nll_M, tokens=torch.ones_like(nll_M))
         loss = nll_M.sum() / self._step_tokens
-        if "routing_cross_entropy" in self.auxiliary:
-            routings = self.accelerator.unwrap_model(model).routings
-            routing_B = routing_cross_entropy(routings, domain_ids_B)
-            correct_LB = layer_correct(routings, domain_ids_B)
-            decided_B = ones_B * len(correct_LB)
-            self.tally.add(
-                domain_ids_B, routing=routing_B, correct=correct_LB.sum(dim=0), decided=decided_B, rows=ones_B
-            )
-            loss = loss + self.settings.routing_cross_entropy * routing_B.sum() / self._step_rows
+        if self.auxiliary:
+            loss = loss + self._auxiliary_loss(model, inputs)
         # Data parallelism averages gradients over processes; the counts above are over all of them.
         loss = loss * self.accelerator.num_processes
         return (loss, {"logits": logits_BPV}) if return_outputs else loss
+
+    def _auxiliary_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Returns this micro-batch's part of the step's auxiliary losses."""
+        domain_ids_B = inputs["domain_ids"]
+        routed: Any = self.accelerator.unwrap_model(model)
+        seen = Seen(
+            routed.routings, routed.expert_outputs, domain_ids_B, self.kinds.to(domain_ids_B.device)[domain_ids_B]
+        )
+        shares = {
+            "rows": len(domain_ids_B) / self._step_rows,
+            "tokens": inputs["attention_mask"].sum() / self._step_real,
+        }
+        total = torch.zeros((), device=domain_ids_B.device)
+        for name, weight in self.auxiliary.items():
+            value = AUXILIARY[name].value(seen)
+            self.tally.add_auxiliary(name, value)
+            total = total + weight * value * shares[AUXILIARY[name].mean_over]
+        if "routing_cross_entropy" in self.auxiliary:
+            correct_LB = layer_correct(seen.routings, domain_ids_B)
+            decided_B = torch.full_like(domain_ids_B, len(correct_LB), dtype=torch.float32)
+            self.tally.add(domain_ids_B, correct=correct_LB.sum(dim=0), decided=decided_B)
+        return total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, **self.tally.drain()}, start_time)

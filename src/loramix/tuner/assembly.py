@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loramix.errors import ModelError, Problems
+from loramix.experts import prototypes
 from loramix.tuner.layer import LoramixLinear
 
 Expert = dict[str, tuple[Tensor, Tensor]]
@@ -67,3 +68,6 @@ def put_experts(model: nn.Module, adapter: str, experts: Mapping[str, Expert]) -
             down_RI, up_OR = experts[expert][module_name]
             layer.bank(adapter).A_ERI[position] = down_RI
             layer.bank(adapter).B_EOR[position] = up_OR
+    for layer in layers.values():
+        if adapter in layer.loramix_router and hasattr(layer.router(adapter), "prototypes_EI"):
+            layer.router(adapter).prototypes_EI.copy_(prototypes(layer.bank(adapter).A_ERI, layer.bank(adapter).B_EOR))

@@ -9,23 +9,24 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 
 from loramix.errors import ModelError
-from loramix.methods import method_named
-from loramix.models.targets import check_targets, doors, layer_of
+from loramix.models.targets import TARGET_WORDS, check_targets, in_group, layer_of, refuse_moe_blocks
 from loramix.tuner.config import LoramixConfig
 from loramix.tuner.decisions import last_scope_needed
 from loramix.tuner.layer import LoramixLinear
+from loramix.tuner.places import places
 
 
 def matched_modules(model: nn.Module, config: LoramixConfig) -> list[str]:
     """Returns the full names of the modules that the settings select, in the order of the model.
 
-    `config.target_modules` is resolved in place where it is "all-linear", as PEFT does.
+    `config.target_modules` is resolved in place where it is a word such as "all-linear", as PEFT does.
 
     Raises:
         ModelError: a target matches nothing, or something that cannot be adapted; all of it together.
     """
     wanted = config.target_modules or "all-linear"
-    config.target_modules = wanted
+    by_word = wanted if isinstance(wanted, str) and wanted in TARGET_WORDS else None
+    config.target_modules = "all-linear" if by_word else wanted
     _maybe_include_all_linear_layers(config, model)
     try:
         matched = [
@@ -35,11 +36,13 @@ def matched_modules(model: nn.Module, config: LoramixConfig) -> list[str]:
         ]
     except re.error as error:
         raise ModelError(f"target_modules or exclude_modules is no regular expression: {error}.") from error
-    if wanted == "all-linear" and config.layers_to_transform is not None:
+    if by_word:
         # PEFT takes whole names as they are and does not look at their layer, so the layers are picked here.
-        matched = [name for name in matched if _layer_number(name) in _as_set(config.layers_to_transform)]
+        numbers = None if config.layers_to_transform is None else _as_set(config.layers_to_transform)
+        matched = [n for n in matched if in_group(n, by_word) and (numbers is None or _layer_number(n) in numbers)]
         config.target_modules = set(matched)  # type: ignore[assignment]
-    check_targets(model, wanted if wanted != "all-linear" else matched, matched)
+    check_targets(model, matched if by_word else wanted, matched)
+    refuse_moe_blocks(model, matched)
     if not matched:
         numbers = sorted({n for name, _ in model.named_modules() if (n := _layer_number(name)) is not None})
         raise ModelError(
@@ -61,15 +64,19 @@ def _layer_number(name: str) -> int | None:
 
 
 def check_fit(model: nn.Module, config: LoramixConfig) -> None:
-    """Checks targets and decision against a base, and leaves both as they are.
+    """Checks targets, allocation and decision against a base, and leaves all as they are.
+
+    Args:
+        model: the base; its weights may be on the meta device.
+        config: settings of the adapter.
 
     Raises:
         ModelError: the targets do not fit.
-        ConfigError: the decision names a layer without router.
+        ConfigError: the allocation does not fit, or the decision names a layer without router.
     """
-    matched = matched_modules(model, copy.copy(config))
-    if method_named(config.method).scope == "layer" and config.decision not in (None, "pinned"):
-        last_scope_needed(str(config.decision), list(doors(matched)))
+    found = places(model, config, matched_modules(model, copy.copy(config)))
+    if config.decision not in (None, "pinned"):
+        last_scope_needed(str(config.decision), [str(place.scope) for place in found.values() if place.is_door])
 
 
 def _inside_adapter(model: nn.Module, name: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,43 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from loramix.errors import ConfigError
 from loramix.routing import Call, PromptRead, Routing, RoutingContext, copies_per_row
 from loramix.tuner.checkpointing import CheckpointGuard
-from loramix.tuner.config import LoramixConfig
 from loramix.tuner.decisions import last_scope_needed, settle
-from loramix.tuner.layer import LoramixLinear
 from loramix.tuner.masks import cached_tokens, prompt_tokens, real_tokens
+from loramix.tuner.mixture import Mixture, checked_ids
 from loramix.tuner.persistence import TransformersLoad
 
 _NAME = "loramix_guide"
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """One adapter as the guide sees it.
-
-    Attributes:
-        name: the adapter's name.
-        config: its settings.
-        layer: one of its adapted modules, which knows whether the adapter is active.
-        doors: scope -> the module its router sits at, in forward order; empty for a method that routes nothing.
-    """
-
-    name: str
-    config: LoramixConfig
-    layer: LoramixLinear
-    doors: dict[str, LoramixLinear]
-
-    @property
-    def scopes(self) -> tuple[str, ...]:
-        return tuple(self.doors)
-
-    @property
-    def reads_base(self) -> bool:
-        router = self.config.router_config()
-        return router is not None and router.reads_base
-
-    @property
-    def active(self) -> bool:
-        return not self.layer.disable_adapters and self.name in self.layer.active_adapters
 
 
 class ForwardGuide:
@@ -122,8 +90,11 @@ class ForwardGuide:
             inputs = kwargs["inputs_embeds"]
         rows, length = inputs.shape[:2]
         mask_BT = real_tokens(kwargs.get("attention_mask"), rows, length, inputs.device)
-        call = Call(mask_BT=mask_BT, prompt_mask_BT=prompt_tokens(prompt_mask, kwargs.get("labels"), mask_BT))
         self.context.call = None
+        if mixture.settled_by != "prompt":
+            self.context.call = self._unsettled(mask_BT, domain_ids, mixture, inputs)
+            return args, kwargs
+        call = Call(mask_BT=mask_BT, prompt_mask_BT=prompt_tokens(prompt_mask, kwargs.get("labels"), mask_BT))
         if domain_ids is not None:
             call.expert_ids_B = checked_ids(domain_ids, rows, mixture, inputs.device)
             if module.training and mixture.reads_base:
@@ -145,11 +116,30 @@ class ForwardGuide:
         self.context.call = call
         return args, kwargs
 
+    def _unsettled(self, mask_BT: Tensor, domain_ids: Tensor | None, mixture: Mixture, inputs: Tensor) -> Call:
+        """Returns the call of a method whose routers settle no sequence: by token, by constants, or told the domain."""
+        call = Call(mask_BT=mask_BT, prompt_mask_BT=mask_BT)
+        if mixture.settled_by == "domain":
+            rows = len(mask_BT)
+            if domain_ids is not None:
+                call.domain_ids_B = checked_ids(domain_ids, rows, mixture, inputs.device)
+            elif isinstance(self._settled, Tensor):
+                call.domain_ids_B = self._settled.repeat_interleave(copies_per_row(len(self._settled), rows))
+            else:
+                raise ConfigError(
+                    f"method {mixture.config.method} weighs its experts by the domain's id, but the forward got no "
+                    f"domain_ids. Pass domain_ids, an int64 tensor of {rows} positions among the domains "
+                    f"({', '.join(mixture.labels)})."
+                )
+        return call
+
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Remembers with which routing a key-value cache was filled. Registered as forward hook of the base model."""
         cache = getattr(output, "past_key_values", None)
         call = self.context.call
-        if cache is not None and call is not None and call.routings and not self._reading:
+        mixture = self.active()
+        settles = mixture is not None and mixture.settled_by == "prompt"
+        if settles and cache is not None and call is not None and call.routings and not self._reading:
             self._of_cache[cache] = dict(call.routings)
 
     def routings_of(self, cache: Any) -> dict[str, Routing] | None:
@@ -264,24 +254,3 @@ class ForwardGuide:
             yield
         finally:
             self._settled = before
-
-
-def checked_ids(domain_ids: Tensor, rows: int, mixture: Mixture, device: torch.device) -> Tensor:
-    """Returns the labels on the model's device.
-
-    Raises:
-        ConfigError: not one position among the experts for each row.
-    """
-    experts = mixture.config.experts or []
-    if domain_ids.shape != (rows,) or domain_ids.is_floating_point():
-        raise ConfigError(
-            f"domain_ids has shape {tuple(domain_ids.shape)} and type {domain_ids.dtype}. Expected int64 ({rows},): "
-            f"one position among the {len(experts)} experts for each row."
-        )
-    # On an accelerator looking at the values would make every step wait for them; there the gather itself complains.
-    if domain_ids.device.type == "cpu" and not bool(((domain_ids >= 0) & (domain_ids < len(experts))).all()):
-        raise ConfigError(
-            f"domain_ids = {domain_ids.tolist()}: expected positions from 0 to {len(experts) - 1} "
-            f"({', '.join(experts)})."
-        )
-    return domain_ids.to(device)

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loramix.errors import ConfigError
-from loramix.experts import LoraBank, linear_sizes
+from loramix.experts import LoraBank, linear_sizes, one_expert
+from loramix.methods import method_named
+from loramix.routers import Site
 from loramix.routing import Call, Routing, RoutingContext
 from loramix.tuner.config import LoramixConfig
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module stands in a mixture.
-
-    Attributes:
-        scope: name under which its routing is kept; None where the method routes nothing.
-        is_door: whether the router of the scope sits here.
-    """
-
-    scope: str | None
-    is_door: bool
+from loramix.tuner.places import Place
 
 
 class LoramixLinear(nn.Module, BaseTunerLayer):
@@ -35,7 +24,7 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("loramix_bank", "loramix_router")
-    other_param_names = ("loramix_places",)
+    other_param_names = ("loramix_places", "loramix_trains")
 
     if TYPE_CHECKING:  # what BaseTunerLayer gives; PEFT has no types
         active_adapters: list[str]
@@ -44,13 +33,15 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
 
         def _move_adapter_to_device_of_base_layer(self, adapter_name: str) -> None: ...
 
-    def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
+    def __init__(self, base_layer: nn.Module, context: RoutingContext, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.name = name
         self.context = context
         self.loramix_bank = nn.ModuleDict()
         self.loramix_router = nn.ModuleDict()
         self.loramix_places: dict[str, Place] = {}
+        self.loramix_trains: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         sizes = linear_sizes(base_layer)
@@ -59,21 +50,24 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: LoramixConfig, place: Place) -> None:
         """Adds the bank (and the router) of one adapter."""
-        assert config.experts is not None
         self.loramix_places[adapter_name] = place
+        self.loramix_trains[adapter_name] = method_named(config.method).trains
+        routed = place.scope is not None
         self.loramix_bank[adapter_name] = LoraBank(
             self.in_features,
             self.out_features,
-            num_experts=len(config.experts),
-            rank=config.r,
+            num_experts=place.num_experts,
+            rank=config.rank if routed else int(config.r or 0),
             scaling=config.scaling,
-            dropout=config.lora_dropout,
-            backend=config.backend,
+            form=config.bank_config() if routed else None,
+            dropout=float(config.lora_dropout or 0),
+            backend=config.backend if routed else "auto",
             init_weights=config.init_lora_weights,
         )
         router = config.router_config()
         if place.is_door and router is not None:
-            self.loramix_router[adapter_name] = router.build(self.in_features, len(config.experts))
+            site = Site(self.in_features, self.out_features, place.num_experts, len(config.domains or []))
+            self.loramix_router[adapter_name] = router.build(site)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -97,6 +91,9 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
                 "one mixture at a time: a routing names the experts of one. Set one, or put all experts in one mixture."
             )
         super().set_adapter(adapter_names, inference_mode)
+        for adapter, bank in self.loramix_bank.items():
+            if "experts" not in self.loramix_trains[adapter]:
+                bank.requires_grad_(False)
 
     def routing(self, adapter: str, x_BTI: Tensor, call: Call) -> Routing:
         """Returns the routing this module follows; at the door it is made and kept in the call."""
@@ -106,7 +103,8 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
             if scope in call.carried:
                 call.routings[scope] = call.carried[scope].expanded(x_BTI.shape[0])
             else:
-                call.routings[scope] = self.router(adapter)(x_BTI, call, scope)
+                outputs = partial(self.bank(adapter).each_output, x_BTI)
+                call.routings[scope] = self.router(adapter)(x_BTI, call, scope, outputs)
             self.context.passed(scope)
         return call.routings[scope]
 
@@ -118,24 +116,35 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
             self.context.passed(scope)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: (B, T, I), or (N, I) where the model flattens its tokens. Returns the same shape with O features."""
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+        """x: (B, T, I), or (N, I) where the model flattens its tokens. Returns the same shape with O features.
+
+        In a feed-forward block whose experts are whole blocks, the first half returns (K, B, T, O), one copy for each
+        of a token's experts, and the second half takes that.
+        """
         adapter = self.active_adapters[0] if self.active_adapters else None
         if self.disable_adapters or adapter is None or adapter not in self.loramix_bank:
+            y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
-        bank = self.bank(adapter)
-        if self.loramix_places[adapter].scope is None:
-            x_BTI, y_BTO = (x, y) if x.dim() == 3 else (x[None], y[None])
-            added: Tensor = bank(y_BTO, x_BTI, _only_expert(x_BTI))
-            return added.view_as(y)
+        bank, place = self.bank(adapter), self.loramix_places[adapter]
+        base_layer = partial(self.base_layer, *args, **kwargs) if args or kwargs else self.base_layer
+        if place.scope is None:
+            if x.dim() == 3:
+                return bank(base_layer, x, one_expert(x))  # type: ignore[no-any-return]
+            return bank(base_layer, x[None], one_expert(x[None]))[0]  # type: ignore[no-any-return]
         call = self.context.current()
-        shape = call.mask_BT.shape
-        x_BTI, y_BTO = (x, y) if x.dim() == 3 else (x.view(*shape, -1), y.view(*shape, -1))
+        if place.half == "contract":
+            return bank.contract(base_layer, x, call.routings[place.scope])
+        x_BTI = x if x.dim() == 3 else x.view(*call.mask_BT.shape, -1)
         if call.base_only:
             self.read(adapter, x_BTI, call)
-            return y
-        added = bank(y_BTO, x_BTI, self.routing(adapter, x_BTI, call))
-        return added.view_as(y)
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        routing = self.routing(adapter, x_BTI, call)
+        if place.keeps_outputs and self.training:
+            call.outputs[self.name] = bank.sampled_outputs(x_BTI, routing)
+        if place.half == "expand":
+            return bank.expand(base_layer, x_BTI, routing)
+        added: Tensor = bank(base_layer, x_BTI, routing)
+        return added.view(*x.shape[:-1], -1)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ConfigError(
@@ -148,15 +157,3 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "loramix." + super().__repr__()
-
-
-def _only_expert(x_BTI: Tensor) -> Routing:
-    """Returns the routing of a method without router: expert 0 with weight 1 for every row."""
-    rows = x_BTI.shape[0]
-    return Routing(
-        ids=torch.zeros(rows, 1, dtype=torch.int64, device=x_BTI.device),
-        weights=x_BTI.new_ones(rows, 1),
-        logits=None,
-        level="sequence",
-        mask=torch.ones(rows, dtype=torch.bool, device=x_BTI.device),
-    )

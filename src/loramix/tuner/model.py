@@ -11,16 +11,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from loramix.errors import ConfigError
-from loramix.methods import method_named
-from loramix.models.targets import doors, layer_of
-from loramix.routing import Call, Routing
+from loramix.routing import Call, ExpertOutputs, Routing
 from loramix.tuner.adapted import AdaptedModule, adapted_modules, as_table
 from loramix.tuner.config import LoramixConfig
 from loramix.tuner.decisions import decision_problem, settle
 from loramix.tuner.fit import matched_modules
-from loramix.tuner.guide import ForwardGuide, Mixture, checked_ids
-from loramix.tuner.layer import LoramixLinear, Place
+from loramix.tuner.guide import ForwardGuide
+from loramix.tuner.layer import LoramixLinear
+from loramix.tuner.mixture import Mixture, checked_ids
 from loramix.tuner.persistence import check_tensors
+from loramix.tuner.places import places
 from loramix.tuner.registration import PREFIX
 from loramix.tuner.routes import Route, batches, pinned_route, positions, routes_from
 
@@ -45,12 +45,7 @@ class LoramixModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LoramixConfig, model: nn.Module) -> None:
         """Finds all modules to adapt and their places before any is replaced, so that all problems come at once."""
-        matched = matched_modules(model, peft_config)
-        scope_is_layer = method_named(peft_config.method).scope == "layer"
-        at_door = set(doors(matched).values()) if scope_is_layer else set()
-        self._places = {
-            name: Place(scope=layer_of(name) if scope_is_layer else None, is_door=name in at_door) for name in matched
-        }
+        self._places = places(model, peft_config, matched_modules(model, peft_config))
 
     def _create_and_replace(
         self,
@@ -66,7 +61,7 @@ class LoramixModel(BaseTuner):
         if isinstance(target, LoramixLinear):
             target.update_layer(adapter_name, peft_config, place)
             return
-        new = LoramixLinear(target, ForwardGuide.of(self.model).context)
+        new = LoramixLinear(target, ForwardGuide.of(self.model).context, current_key)
         new._active_adapter = adapter_name
         new.update_layer(adapter_name, peft_config, place)
         if adapter_name not in self.active_adapters:
@@ -120,6 +115,11 @@ class LoramixModel(BaseTuner):
                 "there is nothing to route: no adapter with routers is active. Load a routed method (moa, for example) "
                 "or enable it with model.set_adapter(name)."
             )
+        if mixture.settled_by != "prompt":
+            raise ConfigError(
+                f"method {mixture.config.method} settles no expert for a prompt. Call generate without expert and "
+                "decision (with domain_ids for a method that is told the domain); model.routings tells more."
+            )
         return mixture
 
     @property
@@ -133,6 +133,12 @@ class LoramixModel(BaseTuner):
         """What each router decided in the last forward, by layer name, in forward order."""
         call = self.guide.context.call
         return dict(call.routings) if call is not None else {}
+
+    @property
+    def expert_outputs(self) -> dict[str, ExpertOutputs]:
+        """A sample of what experts put out in the last training forward, by module; only where a loss compares them."""
+        call = self.guide.context.call
+        return dict(call.outputs) if call is not None else {}
 
     def route(
         self,
@@ -218,7 +224,10 @@ class LoramixModel(BaseTuner):
         mixture = self.guide.active()
         given = [args[0] if args else None, *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
         inputs = next((one for one in given if one is not None), None)
-        if mixture is None or not mixture.doors or inputs is None:
+        if mixture is not None and mixture.settled_by == "domain" and domain_ids is not None and inputs is not None:
+            with self.guide.settled(checked_ids(domain_ids, len(inputs), mixture, inputs.device)):
+                return self.model.generate(*args, **kwargs)
+        if mixture is None or mixture.settled_by != "prompt" or inputs is None:
             if expert is not None or decision is not None or domain_ids is not None:
                 self._mixture()
                 raise ConfigError("generate was given an expert but no prompt. Pass input_ids or inputs_embeds.")

@@ -1,0 +1,64 @@
+"""How long each stage and each control trains: as many examples and as many updates as what it is compared with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from loramix.methods import method_named
+from loramix.preparation import Prepared
+from loramix.training.settings import TrainingSettings
+
+
+def expert_settings(prepared: Prepared) -> TrainingSettings:
+    """Returns the settings of stage 1, each expert alone."""
+    return prepared.experiment.settings(prepared.experiment.expert_stage)
+
+
+def joint_settings(prepared: Prepared) -> TrainingSettings:
+    """Returns the settings of the stage on all domains."""
+    return prepared.experiment.settings(prepared.experiment.joint_stage)
+
+
+def steps(settings: TrainingSettings, examples: int) -> int:
+    """Returns the optimizer steps that Trainer takes for that many examples."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    batches = math.ceil(examples / settings.per_device_train_batch_size)
+    return math.ceil(settings.num_train_epochs * math.ceil(batches / settings.gradient_accumulation_steps))
+
+
+def joint_steps(prepared: Prepared) -> int:
+    """Returns the optimizer steps of the stage on all domains; 0 where the method has none by gradients."""
+    last = method_named(prepared.experiment.method).stages[-1]
+    if not last.trains or last.search is not None:
+        return 0
+    return steps(joint_settings(prepared), sum(len(examples) for examples in prepared.train.values()))
+
+
+def all_stages(prepared: Prepared) -> TrainingSettings:
+    """Returns settings under which one LoRA sees all domains for as many steps as all of the method's stages."""
+    total = joint_steps(prepared)
+    if not method_named(prepared.experiment.method).starts_from_experts:
+        return replace(joint_settings(prepared), max_steps=total)
+    first = expert_settings(prepared)
+    total += sum(steps(first, len(examples)) for examples in prepared.train.values())
+    return replace(first, max_steps=total)
+
+
+def longer(prepared: Prepared, domain: str) -> TrainingSettings:
+    """Returns settings under which one expert goes on alone just as stage 2 would train it.
+
+    The same number of optimizer steps, and in each of them the domain's share of stage 2's rows: the same examples seen
+    and the same number of updates. With whole batches it would get as many examples but a fraction of the updates, and
+    a gain of the mixture could be no more than that.
+    """
+    second = joint_settings(prepared)
+    rows = second.per_device_train_batch_size * second.gradient_accumulation_steps
+    share = max(1, round(rows * prepared.shares()[domain]))
+    return replace(
+        second,
+        max_steps=joint_steps(prepared),
+        per_device_train_batch_size=share,
+        gradient_accumulation_steps=1,
+    )

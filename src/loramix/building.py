@@ -1,0 +1,122 @@
+"""Builds and trains the models of an experiment: each from the base, by the stages of its method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import set_seed
+
+from loramix.adapter_settings import adapter_config
+from loramix.budget import joint_settings
+from loramix.data.collation import Example
+from loramix.evaluation.scoring import score
+from loramix.methods import Method, method_named
+from loramix.models import load_base
+from loramix.opening import ADAPTER
+from loramix.preparation import Prepared
+from loramix.training.gradient_free import search_weights
+from loramix.training.settings import TrainingSettings
+from loramix.training.stages import train_stage
+from loramix.tuner.assembly import Expert, put_experts
+
+
+def with_lora(prepared: Prepared, expert: str) -> PeftModel:
+    """Returns the base with one fresh LoRA on it, of the experiment's rank and targets."""
+    set_seed(prepared.experiment.seed)
+    config = adapter_config(prepared.experiment, prepared.domains, "lora", expert)
+    return get_peft_model(prepared.base, config, adapter_name=ADAPTER)
+
+
+def with_method(prepared: Prepared) -> Any:
+    """Returns the base with the experiment's method on it, untrained."""
+    set_seed(prepared.experiment.seed)
+    method = method_named(prepared.experiment.method)
+    if method.tuner == "none":
+        return prepared.base.requires_grad_(True)
+    if method.tuner == "prefix":
+        tokens = prepared.experiment.adapter.num_virtual_tokens or method.defaults["num_virtual_tokens"]
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+        return get_peft_model(prepared.base, config, adapter_name=ADAPTER)
+    return get_peft_model(prepared.base, adapter_config(prepared.experiment, prepared.domains), adapter_name=ADAPTER)
+
+
+def train_on(
+    prepared: Prepared,
+    model: Any,
+    title: str,
+    domains: Sequence[str],
+    settings: TrainingSettings,
+    losses: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Trains a model on some domains and returns what the stage saw."""
+    shares = prepared.shares() if len(domains) > 1 else dict.fromkeys(domains, 1.0)
+    return train_stage(
+        model,
+        {domain: prepared.train[domain] for domain in domains},
+        domains=prepared.domains,
+        title=title,
+        settings=settings,
+        shares=shares,
+        pad_token_id=prepared.pad,
+        output_dir=prepared.run.path,
+        log_file=prepared.run.log,
+        console=prepared.console,
+        auxiliary=losses,
+        kinds=prepared.kinds(),
+    )
+
+
+def train_method(prepared: Prepared, experts: dict[str, Expert]) -> tuple[Any, dict[str, Any]]:
+    """Returns the experiment's method after its last stage, and what the stage saw.
+
+    Args:
+        prepared: data and base; the base is taken over by the model.
+        experts: what stage 1 trained, for methods that start from it.
+    """
+    method = method_named(prepared.experiment.method)
+    stage = method.stages[-1]
+    model = with_method(prepared)
+    if method.starts_from_experts:
+        put_experts(model.get_base_model(), ADAPTER, experts)
+    if stage.search is not None:
+        return model, _search(prepared, model, method)
+    if not stage.trains:
+        return model.eval(), {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": None}
+    settings = joint_settings(prepared)
+    losses = {**method.losses, **settings.losses}
+    title = f"{method.name}: {' and '.join(stage.trains)}"
+    return model, train_on(prepared, model, title, prepared.domains, settings, losses)
+
+
+def _search(prepared: Prepared, model: Any, method: Method) -> dict[str, Any]:
+    stage = method.stages[-1]
+    assert stage.search is not None
+    given = prepared.experiment.search.model_dump(exclude_none=True)
+    search = replace(stage.search, **given)
+    few: list[Example] = [e for domain in prepared.train.values() for e in domain[: search.examples_per_domain]]
+
+    def loss() -> float:
+        scores = score(model, few, pad_token_id=prepared.pad)
+        return sum(s.nll for s in scores) / sum(s.tokens for s in scores)
+
+    weights_E = next(p for name, p in model.named_parameters() if name.endswith("weights_E"))
+    found = search_weights(weights_E, loss, search, seed=prepared.experiment.seed, console=prepared.console)
+    return {"steps": 0, "tokens": 0, "examples": len(few), **found}
+
+
+def fresh_base(prepared: Prepared) -> Any:
+    """Returns the base anew, after its own weights were trained."""
+    return load_base(prepared.experiment.model_name_or_path, dtype=prepared.experiment.dtype)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Saves an adapter alone, or a whole model. With an adapter the embeddings are frozen, and asking PEFT for them
+    would mean looking the base up on the Hub."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder))

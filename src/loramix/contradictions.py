@@ -1,0 +1,90 @@
+"""What is wrong with choices that are each possible but not together; all of it, before a model is loaded."""
+
+from __future__ import annotations
+
+from loramix.adapter_settings import adapter_config
+from loramix.data.domains import name_problem
+from loramix.errors import LoramixError
+from loramix.methods import method_named
+from loramix.methods.base import Method
+from loramix.settings import Experiment
+
+
+def contradictions(experiment: Experiment) -> list[str]:
+    """Returns what is wrong with choices that are each possible but not together."""
+    try:
+        method: Method | None = method_named(experiment.method)
+        found = []
+    except LoramixError as error:
+        method, found = None, [str(error)]
+    for name in ("expert_stage", "joint_stage"):
+        settings = experiment.settings(getattr(experiment, name))
+        found += [f"{name}: {problem}" for problem in settings.problems()]
+        if method is not None:
+            found += [
+                f"{name}: losses.{loss}: method {method.name} has nothing to apply it to. Possible: "
+                f"{', '.join(sorted(method.possible_losses)) or 'none'}."
+                for loss in settings.losses
+                if loss not in method.possible_losses
+            ]
+    if method is not None:
+        found += _against_method(experiment, method)
+    found += _data_contradictions(experiment)
+    # An unknown method is reported above; the adapter's own numbers are checked all the same, as if it were LoRA.
+    loramix_adapter = method is not None and method.tuner == "loramix"
+    try:
+        adapter_config(experiment, list(experiment.data.domains) or ["one", "two"], None if loramix_adapter else "lora")
+    except LoramixError as error:
+        found += [line.strip() for line in str(error).splitlines()[1:]]
+    return found
+
+
+def _against_method(experiment: Experiment, method: Method) -> list[str]:
+    found = []
+    data, adapter = experiment.data, experiment.adapter
+    trained = [control for control in experiment.controls if control != "base"]
+    if method.expert_count == "one" and trained:
+        found.append(f"controls: method {method.name} is its own control. Leave {' and '.join(trained)} out.")
+    if "single_long" in experiment.controls and not method.starts_from_experts and method.expert_count != "one":
+        found.append(
+            f"controls: method {method.name} trains no expert alone, so there is no single_long. Leave it out."
+        )
+    alone = data.path is None and len(data.domains) == 1
+    if method.expert_count == "one per domain" and alone:
+        found.append(f"method {method.name} mixes domains, but one is given. Name at least two, or use method lora.")
+    if adapter.num_virtual_tokens is not None and method.tuner != "prefix":
+        found.append(f"adapter.num_virtual_tokens: method {method.name} has none (prefix has). Leave it out.")
+    if method.tuner != "loramix":
+        given = {key for key, value in adapter.model_dump(exclude_defaults=True).items() if value is not None}
+        for key in sorted(given - {"num_virtual_tokens"}):
+            found.append(f"adapter.{key}: method {method.name} has no LoRA experts. Leave it out.")
+    if method.stages[-1].search is None and experiment.search.model_dump(exclude_none=True):
+        found.append(f"search: method {method.name} trains by gradients. Leave it out (lorahub searches).")
+    if data.kinds is not None and not {"localized_balance", "localized_balance_cv"} & method.possible_losses:
+        found.append(
+            f"data.kinds: method {method.name} does not tell kinds of data apart (loramoe does). Leave it out."
+        )
+    return found
+
+
+def _data_contradictions(experiment: Experiment) -> list[str]:
+    found = []
+    data = experiment.data
+    found += [f"data.domains: {wrong}" for domain in data.domains if (wrong := name_problem(domain))]
+    if not data.domains and data.path is None:
+        found.append("data.domains: missing. Name at least one domain and its file, or data.path.")
+    if data.path is None:
+        found += [f"data.domains.{d}: has no file. Name one." for d, source in data.domains.items() if not source]
+    if data.mixing == "weights" and set(data.mixing_weights or {}) != set(data.domains):
+        found.append(
+            f"data.mixing_weights names {sorted(data.mixing_weights or {})}, expected the "
+            f"domains {sorted(data.domains)}."
+        )
+    weights = (data.mixing_weights or {}).values()
+    if data.mixing == "weights" and weights and (min(weights) < 0 or sum(weights) <= 0):
+        found.append(f"data.mixing_weights = {data.mixing_weights}: expected 0 or more each, and more than 0 together.")
+    if data.mixing != "weights" and data.mixing_weights is not None:
+        found.append(f"data.mixing_weights is set, but data.mixing = {data.mixing!r}. Set data.mixing to weights.")
+    if data.kinds is not None and data.domains and set(data.kinds) != set(data.domains):
+        found.append(f"data.kinds names {sorted(data.kinds)}, expected the domains {sorted(data.domains)}.")
+    return found
