@@ -27,8 +27,8 @@ class DataSettings(_Section):
     domain_column: str | None = None
     """Its column with the label; by default domain, task, channel or task_id."""
     test_fraction: float = Field(0.1, gt=0, lt=1)
-    max_train_examples: int | None = Field(None, ge=1)
-    max_test_examples: int | None = Field(None, ge=1)
+    max_train_examples: int | None = Field(default=None, ge=1)
+    max_test_examples: int | None = Field(default=None, ge=1)
     max_length: int = Field(512, ge=8)
     truncation: Literal["error", "drop", "left", "right"] = "right"
     loss_on: Literal["response", "all"] = "response"
@@ -57,17 +57,17 @@ class AdapterSettings(_Section):
     scope: str | None = None
     decision: str | None = None
     backend: str = "auto"
-    num_virtual_tokens: int | None = Field(None, ge=1)
+    num_virtual_tokens: int | None = Field(default=None, ge=1)
     """For method prefix: trained positions in each layer."""
 
 
 class SearchSettings(_Section):
     """A search without gradients (method lorahub); what is left out keeps the method's value."""
 
-    budget: int | None = Field(None, ge=1)
-    examples_per_domain: int | None = Field(None, ge=1)
-    l1: float | None = Field(None, ge=0)
-    bound: float | None = Field(None, gt=0)
+    budget: int | None = Field(default=None, ge=1)
+    examples_per_domain: int | None = Field(default=None, ge=1)
+    l1: float | None = Field(default=None, ge=0)
+    bound: float | None = Field(default=None, gt=0)
 
 
 class Experiment(_Section):
@@ -79,14 +79,14 @@ class Experiment(_Section):
     method: str = "moa"
     seed: int = 0
     data: DataSettings
-    adapter: AdapterSettings = AdapterSettings()
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
     training: dict[str, Any] = Field(default_factory=dict)
     """Settings of every stage; see TrainingSettings."""
     expert_stage: dict[str, Any] = Field(default_factory=dict)
     """Settings of stage 1 that differ from `training`."""
     joint_stage: dict[str, Any] = Field(default_factory=dict)
     """Settings of stage 2, or of the only stage, that differ from `training`."""
-    search: SearchSettings = SearchSettings()
+    search: SearchSettings = Field(default_factory=SearchSettings)
     controls: list[Literal["base", "single_long", "mixed"]] = Field(default_factory=list)
     """What is measured beside the method, to compare: the bare base, each single LoRA trained on for as long as stage
     2, one LoRA trained on all domains for as long as both stages together."""

@@ -30,15 +30,15 @@ def methods(
     rows = [
         [
             method.name,
-            method.paper,
+            method.paper.removeprefix("https://arxiv.org/abs/"),
             method.router.kind if method.router else "-",
             method.scope or "-",
-            ", ".join(method.losses) or "-",
-            " -> ".join(f"{stage.name} ({stage.data})" for stage in method.stages),
+            ", ".join(method.losses).replace("_", " ") or "-",
+            " -> ".join(stage.name for stage in method.stages),
         ]
         for method in METHODS.values()
     ]
-    print_table("Methods", ["name", "paper", "router", "scope", "losses beside LM", "stages"], rows)
+    print_table("Methods", ["name", "arXiv", "router", "scope", "losses beside LM", "stages"], rows, words=True)
 
 
 def _listed(method: dict[str, Any]) -> dict[str, Any]:

@@ -31,11 +31,12 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def print_table(title: str, heads: list[str], rows: list[list[str]]) -> None:
-    """Prints a table; the first column is text, the others are numbers."""
+def print_table(title: str, heads: list[str], rows: list[list[str]], *, words: bool = False) -> None:
+    """Prints a table; the first column is text, the others are numbers, or with `words` text that may be folded."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number == 0 else "right")
+        left = number == 0 or words
+        table.add_column(head, justify="left" if left else "right", no_wrap=words and number == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     result_console().print(table)

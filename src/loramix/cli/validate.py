@@ -1,4 +1,4 @@
-"""`loramix validate CONFIG`: checks settings and data; what needs the base is checked when training starts."""
+"""`loramix validate CONFIG`: checks settings, data, and the adapter against the base's modules, without its weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the resolved settings as JSON.")] = False,
 ) -> None:
     quiet_libraries()
+    from loramix.adapter_settings import adapter_config
     from loramix.data.domains import read_domains
     from loramix.experiment import as_yaml, load
+    from loramix.methods import method_named
+    from loramix.models import load_skeleton
+    from loramix.tuner import check_fit
 
     loaded = load(config, overrides or [])
-    data = loaded.experiment.data
+    experiment, data = loaded.experiment, loaded.experiment.data
     splits = read_domains(
         {domain: source or "" for domain, source in data.domains.items()},
         labelled=data.path,
@@ -36,6 +40,8 @@ def validate(
         max_test_examples=data.max_test_examples,
         seed=loaded.experiment.seed,
     )
+    if method_named(experiment.method).tuner == "loramix":
+        check_fit(load_skeleton(experiment.model_name_or_path), adapter_config(experiment, list(splits)))
     counts = {domain: {"train": len(split.train), "test": len(split.test)} for domain, split in splits.items()}
     if as_json:
         print_json({"settings": loaded.experiment.model_dump(), "read_as": list(loaded.echoes), "examples": counts})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loramix.experts import ffn
+from loramix.experts import ffn, fused_ffn
 from loramix.experts.apply import BACKENDS, choose, gates_by_token
 from loramix.experts.config import BankConfig
 from loramix.experts.fused import can_fuse, fused
@@ -70,7 +72,7 @@ class LoraBank(nn.Module):
         else:
             nn.init.normal_(self.B_EOR, std=1 / self.rank)
 
-    def forward(self, base_layer: nn.Module, x_BTI: Tensor, routing: Routing) -> Tensor:
+    def forward(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, routing: Routing) -> Tensor:
         """Returns base_layer(x) with the routed experts' delta added, in the base's type."""
         if self.form.combine == "matrices":
             A_ERI, B_EOR = self._summed(routing)
@@ -83,30 +85,43 @@ class LoraBank(nn.Module):
             assert isinstance(base_layer, nn.Linear)
             gates_NE = gates_by_token(dropped_BTI, routing, max(len(A_ERI), len(B_EOR)))
             return fused(base_layer, x_BTI, dropped_BTI, A_ERI, B_EOR, gates_NE, self.scaling)
-        y_BTO: Tensor = base_layer(x_BTI)
+        y_BTO = base_layer(x_BTI)
         added = BACKENDS[name](y_BTO.to(dropped_BTI.dtype), dropped_BTI, A_ERI, B_EOR, routing, self.scaling)
         return added.to(y_BTO.dtype)
 
-    def expand(self, base_layer: nn.Module, x_BTI: Tensor, routing: Routing) -> Tensor:
+    def expand(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, routing: Routing) -> Tensor:
         """Returns (K, B, T, O): the first half of a feed-forward block, for each of a token's experts."""
-        y_BTO: Tensor = base_layer(x_BTI)
-        dropped_BTI = self.dropout(x_BTI.to(self.A_ERI.dtype))
         A_ERI, B_EOR = self.matrices()
+        if self._fuses(base_layer, x_BTI, routing, A_ERI, B_EOR):
+            return fused_ffn.expand(base_layer, x_BTI, A_ERI, B_EOR, routing, self.scaling)  # type: ignore[arg-type]
+        y_BTO = base_layer(x_BTI)
+        dropped_BTI = self.dropout(x_BTI.to(self.A_ERI.dtype))
         y = y_BTO.to(dropped_BTI.dtype)
         return ffn.expand(y, dropped_BTI, A_ERI, B_EOR, routing, self.scaling, self.backend).to(y_BTO.dtype)
 
-    def contract(self, base_layer: nn.Module, inner_KBTI: Tensor, routing: Routing) -> Tensor:
+    def contract(self, base_layer: Callable[..., Tensor], inner_KBTI: Tensor, routing: Routing) -> Tensor:
         """Returns (B, T, O): the second half of a feed-forward block, summed over each token's experts."""
-        weighted_KBTI = ffn.weighted(inner_KBTI, routing)
-        y_BTO: Tensor = base_layer(weighted_KBTI.sum(dim=0))
-        dropped_KBTI = self.dropout(weighted_KBTI.to(self.A_ERI.dtype))
         A_ERI, B_EOR = self.matrices()
+        if self._fuses(base_layer, inner_KBTI, routing, A_ERI, B_EOR):
+            return fused_ffn.contract(base_layer, inner_KBTI, A_ERI, B_EOR, routing, self.scaling)  # type: ignore[arg-type]
+        weighted_KBTI = ffn.weighted(inner_KBTI, routing)
+        y_BTO = base_layer(weighted_KBTI.sum(dim=0))
+        dropped_KBTI = self.dropout(weighted_KBTI.to(self.A_ERI.dtype))
         y = y_BTO.to(dropped_KBTI.dtype)
         return ffn.contract(y, dropped_KBTI, A_ERI, B_EOR, routing, self.scaling, self.backend).to(y_BTO.dtype)
 
+    def _fuses(
+        self, base_layer: Callable[..., Tensor], x: Tensor, routing: Routing, A_ERI: Tensor, B_EOR: Tensor
+    ) -> bool:
+        """Whether the halves of a feed-forward block take their fused form: narrow experts, no dropout on the input."""
+        plain = isinstance(self.dropout, nn.Identity) or not self.training
+        narrow = choose(self.backend, routing.slots()[0], A_ERI, B_EOR) == "concat"
+        return self.backend == "auto" and plain and narrow and can_fuse(base_layer, x, A_ERI)
+
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Returns A and B as this forward uses them: with dropout on the shared one."""
-        A_ERI, B_EOR = self.A_ERI, self.B_EOR
+        A_ERI: Tensor = self.A_ERI
+        B_EOR: Tensor = self.B_EOR
         if self.form.share == "down":
             A_ERI = F.dropout(A_ERI, self.form.weight_dropout, self.training)
         elif self.form.share == "up":

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def can_fuse(base_layer: nn.Module, x: Tensor, A_ERI: Tensor) -> bool:
+def can_fuse(base_layer: object, x: Tensor, A_ERI: Tensor) -> bool:
     """Whether the base layer's product may be computed here: a plain nn.Linear without hooks, in the experts' type,
     outside autocast and torch.compile, on a training pass (without gradients there is nothing to save)."""
     return (
-        type(base_layer) is nn.Linear
+        isinstance(base_layer, nn.Linear)
+        and type(base_layer) is nn.Linear
         and torch.is_grad_enabled()
         and x.dtype == base_layer.weight.dtype == A_ERI.dtype
         and not base_layer.weight.requires_grad
@@ -53,7 +54,7 @@ def fused(
     shape = x_BTI.shape
     flat_NI = x_BTI.reshape(-1, shape[-1])
     dropped_NI = flat_NI if dropped_BTI is x_BTI else dropped_BTI.reshape(-1, shape[-1])
-    out_NO: Tensor = _Fused.apply(
+    out_NO: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
         flat_NI, dropped_NI, A_ERI, B_EOR, gates_NE, base_layer.weight, base_layer.bias, scaling
     )
     return out_NO.view(*shape[:-1], -1)
@@ -86,7 +87,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         dropped_NI, A_ERI, B_EOR, gates_NE, weight_OI, code_NX = ctx.saved_tensors
         down_XI, up_XO = A_ERI.flatten(0, 1), up(B_EOR)
-        experts, rank = max(A_ERI.shape[0], B_EOR.shape[0]), A_ERI.shape[1]
+        rank = A_ERI.shape[1]
         back_NX = (grad_NO @ up_XO.T).mul_(ctx.scaling)
         gated_NX = gated(code_NX, gates_NE, A_ERI.shape[0], B_EOR.shape[0])
         grad_up_XO = (gated_NX.T @ grad_NO).mul_(ctx.scaling)
@@ -97,10 +98,7 @@ class _Fused(torch.autograd.Function):
             code_NER = code_NX.view(len(code_NX), -1, rank)
             if ctx.needs_input_grad[4]:
                 grad_gates = (back_NER * code_NER).sum(dim=2)
-            if A_ERI.shape[0] == 1:
-                back_NX = torch.bmm(gates_NE[:, None, :], back_NER).squeeze(1)
-            else:
-                back_NX = (back_NER * gates_NE[:, :, None]).view(len(back_NX), experts * rank)
+            back_NX = ungated(back_NX, gates_NE, A_ERI.shape[0], B_EOR.shape[0])
         grad_A = (back_NX.T @ dropped_NI).view(A_ERI.shape) if ctx.needs_input_grad[2] else None
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
@@ -134,3 +132,19 @@ def gated(code_NX: Tensor, gates_NE: Tensor | None, downs: int, ups: int) -> Ten
     if ups == 1 and experts > 1:
         return torch.bmm(gates_NE[:, None, :], by_expert_NER).squeeze(1)
     return (by_expert_NER * gates_NE[:, :, None]).view(places, -1)
+
+
+def ungated(back_NX: Tensor, gates_NE: Tensor, downs: int, ups: int) -> Tensor:
+    """The transpose of `gated`: from the gradient of what B takes to the gradient of the code, (N, E * R) or (N, R).
+
+    Args:
+        back_NX: gradient of the gated code.
+        gates_NE: dense weights.
+        downs, ups: how many matrices A and B are stacks of.
+    """
+    places, experts = gates_NE.shape
+    if downs == 1 and experts > 1:
+        return torch.bmm(gates_NE[:, None, :], back_NX.view(places, experts, -1)).squeeze(1)
+    if ups == 1 and experts > 1:
+        return (gates_NE[:, :, None] * back_NX[:, None, :]).view(places, -1)
+    return (back_NX.view(places, experts, -1) * gates_NE[:, :, None]).view(places, -1)

@@ -36,7 +36,7 @@ def grouped(y_BTO: Tensor, x_BTI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing:
     out, inputs = y_BTO.shape[-1], x_BTI.shape[-1]
     order = routing.order(max(A_ERI.shape[0], B_EOR.shape[0]))
     weights_M = routing.weights.to(x_BTI.dtype).flatten()[order.sorted_M]
-    added_NO: Tensor = _Grouped.apply(
+    added_NO: Tensor = _Grouped.apply(  # type: ignore[no-untyped-call]
         y_BTO.reshape(-1, out), x_BTI.reshape(-1, inputs), A_ERI, B_EOR, weights_M, order, scaling
     )
     return added_NO.view(y_BTO.shape)

@@ -88,10 +88,9 @@ class MixtureTrainer(Trainer):
         self.settings = settings
         self.sampler = sampler
         self.auxiliary = {name: weight for name, weight in (auxiliary or {}).items() if weight > 0}
-        self.kinds = torch.tensor(kinds if kinds is not None else [0] * len(domains))
-        self._told = hasattr(model, "peft_config") and any(
-            isinstance(c, LoramixConfig) for c in model.peft_config.values()
-        )
+        self.kinds = torch.tensor(list(kinds) if kinds is not None else [0] * len(domains))
+        adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
+        self._told = any(isinstance(config, LoramixConfig) for config in adapters.values())
         self.tally = DomainTally(domains)
         self.tokens_seen = 0
         self.loss_is_scaled_for_ga = True

@@ -201,10 +201,9 @@ class LoramixConfig(PeftConfig):
                         f"{name} = {getattr(self, name)!r}: method {method.name} routes nothing. Leave it out."
                     )
             return
-        if (self.router or {}).get("kind", method.router.kind) != method.router.kind:
-            problems.add(
-                f"router.kind = {self.router['kind']!r}: method {method.name} has a {method.router.kind} router."
-            )  # type: ignore[index]
+        kind = (self.router or {}).get("kind", method.router.kind)
+        if kind != method.router.kind:
+            problems.add(f"router.kind = {kind!r}: method {method.name} has a {method.router.kind} router.")
         resolved = self._overridden("router", method.router, problems)
         for problem in resolved.problems(extremes(self.allocation, len(self.experts or []))[0]):
             problems.add(problem)

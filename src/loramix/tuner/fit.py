@@ -38,8 +38,12 @@ def matched_modules(model: nn.Module, config: LoramixConfig) -> list[str]:
         raise ModelError(f"target_modules or exclude_modules is no regular expression: {error}.") from error
     if by_word:
         # PEFT takes whole names as they are and does not look at their layer, so the layers are picked here.
-        numbers = None if config.layers_to_transform is None else _as_set(config.layers_to_transform)
-        matched = [n for n in matched if in_group(n, by_word) and (numbers is None or _layer_number(n) in numbers)]
+        wanted_layers = None if config.layers_to_transform is None else _as_set(config.layers_to_transform)
+        matched = [
+            name
+            for name in matched
+            if in_group(name, by_word) and (wanted_layers is None or _layer_number(name) in wanted_layers)
+        ]
         config.target_modules = set(matched)  # type: ignore[assignment]
     check_targets(model, matched if by_word else wanted, matched)
     refuse_moe_blocks(model, matched)

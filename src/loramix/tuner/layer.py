@@ -129,15 +129,15 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         base_layer = partial(self.base_layer, *args, **kwargs) if args or kwargs else self.base_layer
         if place.scope is None:
             if x.dim() == 3:
-                return bank(base_layer, x, one_expert(x))  # type: ignore[no-any-return]
-            return bank(base_layer, x[None], one_expert(x[None]))[0]  # type: ignore[no-any-return]
+                return bank(base_layer, x, one_expert(x))
+            return bank(base_layer, x[None], one_expert(x[None]))[0]
         call = self.context.current()
         if place.half == "contract":
             return bank.contract(base_layer, x, call.routings[place.scope])
         x_BTI = x if x.dim() == 3 else x.view(*call.mask_BT.shape, -1)
         if call.base_only:
             self.read(adapter, x_BTI, call)
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         routing = self.routing(adapter, x_BTI, call)
         if place.keeps_outputs and self.training:
             call.outputs[self.name] = bank.sampled_outputs(x_BTI, routing)
