@@ -20,6 +20,11 @@ def contradictions(experiment: Experiment) -> list[str]:
     for name in ("expert_stage", "joint_stage"):
         settings = experiment.settings(getattr(experiment, name))
         found += [f"{name}: {problem}" for problem in settings.problems()]
+        if method is not None and method.tuner == "prefix" and settings.activation_checkpointing:
+            found.append(
+                f"{name}: activation_checkpointing: PEFT's prefix tuning does not work with it (a layer that runs "
+                "again would lengthen the cache again). Leave it out."
+            )
         if method is not None:
             found += [
                 f"{name}: losses.{loss}: method {method.name} has nothing to apply it to. Possible: "

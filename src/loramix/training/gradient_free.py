@@ -6,6 +6,7 @@ Nevergrad's NGOpt, the weights starting at 0 and kept within [-1.5, 1.5].
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from loramix.methods.base import FewShotSearch
 
 def few_shot_objective(mean_loss: float, weights_E: Tensor, l1: float) -> float:
     """Returns what the search minimises: the mean loss plus `l1` times the mean absolute weight."""
-    return mean_loss + l1 * float(weights_E.abs().mean())
+    return mean_loss + l1 * float(weights_E.detach().abs().mean())
 
 
 def search_weights(
@@ -65,7 +66,9 @@ def search_weights(
     at_start = best = objective(start)
     best_weights = start
     for number in range(search.budget):
-        asked = optimizer.ask()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NGOpt's own choice of a sub-optimizer warns of its settings
+            asked = optimizer.ask()
         value = objective(asked.value)
         optimizer.tell(asked, value)
         if value < best:
