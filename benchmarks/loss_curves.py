@@ -4,7 +4,7 @@
     python benchmarks/loss_curves.py smollm2            # the built-in base and the demo's data; most of an hour
     python benchmarks/loss_curves.py tiny --methods moa mosld
 
-Stores the loss curves in benchmarks/loss_curves.json, method by method; what is in it already is not run again (--again runs it again). A
+Stores the loss curves in benchmarks/loss_curves.json, method by method; --again runs anew what is in it already. A
 curve is the training loss of the method's last stage, step by step; of its experts' stage where the last one takes no
 gradient steps (arrow, lorahub). tests/test_loss_curves.py trains some of the tiny ones anew and compares.
 """
@@ -31,6 +31,7 @@ from loramix.run_folder import RunFolder
 
 STORED = Path(__file__).parent / "loss_curves.json"
 STEPS = 20
+LEARNING_RATES = {"loramix": 2e-3, "prefix": 2e-2, "none": 1e-4}
 DOMAINS = ("adds", "greets", "shouts")
 
 
@@ -88,14 +89,15 @@ def settings(base: str, folder: Path, method: Method, checkpointing: bool) -> di
         "method": method.name,
         "training": {
             "max_steps": STEPS,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-3 if method.tuner == "loramix" else 1e-4,
+            "per_device_train_batch_size": 2 if base == "tiny" else 1,
+            "learning_rate": LEARNING_RATES[method.tuner],
             "lr_scheduler_type": "constant",
             "logging_steps": 1,
             "activation_checkpointing": checkpointing,
         },
-        "expert_stage": {"max_steps": 5 if by_steps and method.starts_from_experts else STEPS},
     }
+    if method.starts_from_experts:
+        content["expert_stage"] = {"max_steps": 5 if by_steps else STEPS}
     if method.stages[-1].search is not None:
         content["search"] = {"budget": 8, "examples_per_domain": 2}
     if base == "tiny":
@@ -110,8 +112,8 @@ def settings(base: str, folder: Path, method: Method, checkpointing: bool) -> di
         }
     from loramix.data.demo import demo_data
 
-    data = {"domains": {k: str(v) for k, v in demo_data().items()}, "max_length": 96, "truncation": "drop"}
-    return {**content, "data": {**data, "max_train_examples": 16, "max_test_examples": 2}}
+    data = {"domains": {k: str(v) for k, v in demo_data().items()}, "max_length": 256, "truncation": "drop"}
+    return {**content, "data": {**data, "max_train_examples": 16, "max_test_examples": 4}}
 
 
 def curve(base: str, folder: Path, method: Method, checkpointing: bool) -> list[float]:

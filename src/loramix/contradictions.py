@@ -5,8 +5,11 @@ from __future__ import annotations
 from loramix.adapter_settings import adapter_config
 from loramix.data.domains import name_problem
 from loramix.errors import LoramixError
+from loramix.experts import allocation_problem, experts_per_layer
+from loramix.losses import AUXILIARY
 from loramix.methods import method_named
 from loramix.methods.base import Method
+from loramix.models import layers_of
 from loramix.settings import Experiment
 
 
@@ -17,21 +20,7 @@ def contradictions(experiment: Experiment) -> list[str]:
         found = []
     except LoramixError as error:
         method, found = None, [str(error)]
-    for name in ("expert_stage", "joint_stage"):
-        settings = experiment.settings(getattr(experiment, name))
-        found += [f"{name}: {problem}" for problem in settings.problems()]
-        if method is not None and method.tuner == "prefix" and settings.activation_checkpointing:
-            found.append(
-                f"{name}: activation_checkpointing: PEFT's prefix tuning does not work with it (a layer that runs "
-                "again would lengthen the cache again). Leave it out."
-            )
-        if method is not None:
-            found += [
-                f"{name}: losses.{loss}: method {method.name} has nothing to apply it to. Possible: "
-                f"{', '.join(sorted(method.possible_losses)) or 'none'}."
-                for loss in settings.losses
-                if loss not in method.possible_losses
-            ]
+    found += _stage_problems(experiment, method)
     if method is not None:
         found += _against_method(experiment, method)
     found += _data_contradictions(experiment)
@@ -41,6 +30,36 @@ def contradictions(experiment: Experiment) -> list[str]:
         adapter_config(experiment, list(experiment.data.domains) or ["one", "two"], None if loramix_adapter else "lora")
     except LoramixError as error:
         found += [line.strip() for line in str(error).splitlines()[1:]]
+    return found
+
+
+def _stage_problems(experiment: Experiment, method: Method | None) -> list[str]:
+    """Returns what is wrong with the settings of the stages; what both have wrong is said once, of `training`."""
+    by_stage = {}
+    for name in ("expert_stage", "joint_stage"):
+        settings = experiment.settings(getattr(experiment, name))
+        by_stage[name] = settings.problems()
+        if method is None:
+            continue
+        if method.tuner == "prefix" and settings.activation_checkpointing:
+            by_stage[name].append(
+                "activation_checkpointing: PEFT's prefix tuning does not work with it (a layer that runs again would "
+                "lengthen the cache again). Leave it out."
+            )
+        possible = ", ".join(sorted(method.possible_losses)) or "none"
+        by_stage[name] += [
+            f"losses.{loss}: method {method.name} has nothing to apply it to. Possible: {possible}."
+            for loss in settings.losses
+            if loss in AUXILIARY and loss not in method.possible_losses
+        ]
+    first, second = by_stage["expert_stage"], by_stage["joint_stage"]
+    found = [f"training: {problem}" for problem in first if problem in second]
+    found += [f"expert_stage: {problem}" for problem in first if problem not in second]
+    found += [f"joint_stage: {problem}" for problem in second if problem not in first]
+    if method is not None and experiment.expert_stage and not method.starts_from_experts and method.name != "lora":
+        found.append(f"expert_stage: method {method.name} trains no expert alone. Set training or joint_stage.")
+    if method is not None and experiment.joint_stage and method.expert_count == "one":
+        found.append(f"joint_stage: method {method.name} has one stage. Set training.")
     return found
 
 
@@ -65,6 +84,12 @@ def _against_method(experiment: Experiment, method: Method) -> list[str]:
             found.append(f"adapter.{key}: method {method.name} has no LoRA experts. Leave it out.")
     if method.stages[-1].search is None and experiment.search.model_dump(exclude_none=True):
         found.append(f"search: method {method.name} trains by gradients. Leave it out (lorahub searches).")
+    layers = layers_of(experiment.model_name_or_path)
+    if layers is not None and allocation_problem(adapter.allocation) is None:
+        try:
+            experts_per_layer(adapter.allocation, 1, layers)
+        except ValueError as error:
+            found.append(f"adapter.{error}")
     if data.kinds is not None and not {"localized_balance", "localized_balance_cv"} & method.possible_losses:
         found.append(
             f"data.kinds: method {method.name} does not tell kinds of data apart (loramoe does). Leave it out."

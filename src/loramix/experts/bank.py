@@ -101,6 +101,15 @@ class LoraBank(nn.Module):
 
     def contract(self, base_layer: Callable[..., Tensor], inner_KBTI: Tensor, routing: Routing) -> Tensor:
         """Returns (B, T, O): the second half of a feed-forward block, summed over each token's experts."""
+        y_BTO = self._contracted(base_layer, inner_KBTI, routing)
+        bias_O = getattr(base_layer, "bias", None)
+        if bias_O is None:
+            return y_BTO
+        # Each expert has the frozen bias and is weighed with it: sum_k g_k b, where the frozen layer added b once.
+        excess_N1 = (routing.weights.sum(dim=1, keepdim=True) - 1).to(y_BTO.dtype)
+        return y_BTO + (excess_N1 * bias_O).view(y_BTO.shape)
+
+    def _contracted(self, base_layer: Callable[..., Tensor], inner_KBTI: Tensor, routing: Routing) -> Tensor:
         A_ERI, B_EOR = self.matrices()
         if self._fuses(base_layer, inner_KBTI, routing, A_ERI, B_EOR):
             return fused_ffn.contract(base_layer, inner_KBTI, A_ERI, B_EOR, routing, self.scaling)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from loramix.cache import build_once, cache_dir
 from loramix.errors import ModelError
-from loramix.models.builtin import NAME, builtin_folder, convert_gguf
+from loramix.models.builtin import LAYERS, NAME, builtin_folder, convert_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,6 +46,19 @@ def _converted(gguf: Path) -> Path:
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
     return build_once(cache_dir() / "models" / f"{gguf.stem}-{key}", lambda making: convert_gguf(gguf, making))
+
+
+def layers_of(name: str) -> int | None:
+    """Returns how many layers a base has, if that can be told without fetching or loading anything; else None."""
+    if name == NAME:
+        return LAYERS
+    file = Path(name).expanduser() / "config.json"
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    inside = content.get("text_config", content)
+    found = inside.get("num_hidden_layers", inside.get("n_layer"))
+    return found if isinstance(found, int) else None
 
 
 def load_tokenizer(name: str = NAME) -> Any:

