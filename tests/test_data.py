@@ -245,7 +245,8 @@ def test_collation_pads_either_side_and_masks_the_rest():
             assert batch["input_ids"][row][real].tolist() == example.encoded.input_ids
             assert (batch["labels"][row] != IGNORED).sum() == sum(example.encoded.supervised)
             assert batch["prompt_mask"][row].sum() == example.encoded.prompt_length
-            assert not (batch["prompt_mask"][row] & (batch["labels"][row] != IGNORED)).any()
+            width = batch["prompt_mask"].shape[1]
+            assert not (batch["prompt_mask"][row] & (batch["labels"][row, :width] != IGNORED)).any()
         assert torch.equal(
             batch["input_ids"][~batch["attention_mask"].bool()].unique(), torch.tensor([tokenizer.pad_token_id])
         )

@@ -152,6 +152,7 @@ class Call:
     Attributes:
         mask_BT: real tokens of this forward's input, bool (B, T).
         prompt_mask_BT: tokens a sequence router may read, bool (B, T); never the response.
+        prompt_width: where the last prompt ends, if known; reading the prompts goes no further.
         expert_ids_B: the expert of each row if it is settled (label, pin or decision), int64 (B,); else None.
         domain_ids_B: the domain of each row, for routers that are told it, int64 (B,); else None.
         carried: routings of the prefill, by scope, for the decode steps that follow it.
@@ -164,6 +165,7 @@ class Call:
 
     mask_BT: Tensor
     prompt_mask_BT: Tensor
+    prompt_width: int | None = None
     expert_ids_B: Tensor | None = None
     domain_ids_B: Tensor | None = None
     carried: dict[str, Routing] = field(default_factory=dict)

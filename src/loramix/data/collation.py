@@ -11,6 +11,7 @@ from torch import Tensor
 from loramix.data.prompts import Encoded
 from loramix.data.records import Record
 from loramix.labels import IGNORED
+from loramix.losses import supervised_positions
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ class Collator:
         pad_token_id: fills the rows; masked everywhere.
         padding_side: "right" for training and scoring, "left" where the rows must end together.
 
-    Returns from `__call__`, all (B, T) but the last:
-        input_ids int64; attention_mask int64; labels int64, -100 where nothing is learned; prompt_mask bool, the tokens
-        before the first response; domain_ids int64 (B,).
+    Returns from `__call__`:
+        input_ids, attention_mask, labels: int64 (B, T); labels are -100 where nothing is learned.
+        prompt_mask: the tokens before the first response, bool (B, W), W where the last prompt ends; padded on the left
+            W is T.
+        positions: positions whose logits some row's loss needs, int64 (P,).
+        domain_ids: int64 (B,).
+        What depends on the data's values (W, P) is worked out here, so that no step waits for an accelerator.
     """
 
     pad_token_id: int
@@ -54,6 +59,7 @@ class Collator:
         mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORED)
         prompt_mask = torch.zeros(shape, dtype=torch.bool)
+        starts_of_response: list[int] = []
         for row, example in enumerate(examples):
             start = 0 if self.padding_side == "right" else width - example.length
             place = slice(start, start + example.length)
@@ -62,11 +68,13 @@ class Collator:
             ids[row, place] = tokens
             mask[row, place] = 1
             labels[row, place] = torch.where(supervised, tokens, IGNORED)
-            prompt_mask[row, start : start + example.encoded.prompt_length] = True
+            starts_of_response.append(start + example.encoded.prompt_length)
+            prompt_mask[row, start : starts_of_response[-1]] = True
         return {
             "input_ids": ids,
             "attention_mask": mask,
             "labels": labels,
-            "prompt_mask": prompt_mask,
+            "prompt_mask": prompt_mask[:, : max(starts_of_response)],
+            "positions": supervised_positions(labels),
             "domain_ids": torch.tensor([example.domain_id for example in examples]),
         }

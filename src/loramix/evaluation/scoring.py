@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loramix.data.collation import Collator, Example
-from loramix.losses import next_token_nll, supervised_positions
+from loramix.losses import next_token_nll
 from loramix.models.head import head_can_choose, logits_at
 
 
@@ -71,12 +71,12 @@ def score(
             asked["prompt_mask"] = batch["prompt_mask"]
         elif decision is not None:
             asked.update(decision=decision, prompt_mask=batch["prompt_mask"])
-        wanted_P = supervised_positions(batch["labels"])
+        wanted_P = batch["positions"]
         logits_BPV = logits_at(model, wanted_P, can_choose=can_choose, **asked)
-        nll_M, rows_M = next_token_nll(logits_BPV, batch["labels"], wanted_P)
-        for row, position in enumerate(positions):
-            of_row: Tensor = nll_M[rows_M == row]
-            scores[position] = Score(float(of_row.double().sum()), int(of_row.numel()))
+        nll_BP, supervised_BP = next_token_nll(logits_BPV, batch["labels"], wanted_P)
+        sums, counts = nll_BP.double().sum(dim=1).tolist(), supervised_BP.sum(dim=1).tolist()
+        for position, nll, tokens in zip(positions, sums, counts, strict=True):
+            scores[position] = Score(nll, tokens)
         if seen is not None:
             seen(positions, model)
     return scores

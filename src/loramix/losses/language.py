@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +18,9 @@ def supervised_positions(labels_BT: Tensor) -> Tensor:
 
 
 def next_token_nll(logits_BPV: Tensor, labels_BT: Tensor, positions_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (negative log-likelihood of each supervised token, the row each belongs to).
+    """Returns (negative log-likelihood at each position, which of them are supervised), both (B, P).
+
+    Shapes follow from the arguments alone, so nothing waits for an accelerator.
 
     Args:
         logits_BPV: logits at `positions_P` only.
@@ -27,10 +28,10 @@ def next_token_nll(logits_BPV: Tensor, labels_BT: Tensor, positions_P: Tensor) -
         positions_P: positions as given by `supervised_positions`.
 
     Returns:
-        nll_M in nats and rows_M, one entry for each supervised token.
+        nll_BP in nats, zero where nothing is supervised, and supervised_BP, bool.
     """
     targets_BP = labels_BT[:, positions_P + 1]
-    supervised_BP = targets_BP != IGNORED
-    nll_M = F.cross_entropy(logits_BPV[supervised_BP].float(), targets_BP[supervised_BP], reduction="none")
-    rows_M = torch.nonzero(supervised_BP)[:, 0]
-    return nll_M, rows_M
+    nll_N = F.cross_entropy(
+        logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    return nll_N.view(targets_BP.shape), targets_BP != IGNORED

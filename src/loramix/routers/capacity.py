@@ -90,7 +90,8 @@ class CapacityRouter(nn.Module):
         """
         batch, length = mask_BT.shape
         experts, k = self.w_EI.shape[0], ids_NK.shape[1]
-        taken_NE = F.one_hot(ids_NK, experts).sum(dim=1) * mask_BT.reshape(-1, 1)
+        experts_E = torch.arange(experts, device=ids_NK.device)
+        taken_NE = (ids_NK[:, :, None] == experts_E).sum(dim=1) * mask_BT.reshape(-1, 1)
         places_BTE = taken_NE.view(batch, length, experts).cumsum(dim=1)
         capacity_B = torch.ceil(factor * k * mask_BT.sum(dim=1) / experts)
         fits_BTE = places_BTE <= capacity_B[:, None, None]

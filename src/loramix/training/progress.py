@@ -53,7 +53,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step, about=f"{self._speed():.0f} tokens/s")
+            self.bar.update(self.task, completed=state.global_step)
 
     def on_log(
         self,

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from loramix.errors import ConfigError
 from loramix.labels import IGNORED
-from loramix.losses import AUXILIARY, Seen, layer_correct, next_token_nll, supervised_positions
+from loramix.losses import AUXILIARY, Seen, layer_correct, next_token_nll
 from loramix.models.head import head_can_choose, logits_at
 from loramix.training.settings import TrainingSettings
 from loramix.training.tally import DomainTally
@@ -92,11 +92,16 @@ class MixtureTrainer(Trainer):
         adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
         self._told = any(isinstance(config, LoramixConfig) for config in adapters.values())
         self.tally = DomainTally(domains)
-        self.tokens_seen = 0
+        self._tokens_seen = torch.zeros((), dtype=torch.float64)
         self.loss_is_scaled_for_ga = True
         """Read by Trainer: our loss is divided by the whole step's counts already."""
         self._step_tokens = self._step_rows = self._step_real = torch.ones(())
         self._head_can_choose = head_can_choose(model)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Real tokens trained on so far by this process; reading it waits for the device."""
+        return int(self._tokens_seen)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
@@ -121,17 +126,14 @@ class MixtureTrainer(Trainer):
         """Collects the micro-batches of a step and counts, over all of them and all processes, what the losses are
         divided by."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor(
-            [
-                sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches),
-                sum(len(batch["labels"]) for batch in batches),
-                sum(int(batch["attention_mask"].sum()) for batch in batches),
-            ],
-            device=device,
-            dtype=torch.float32,
-        )
+        rows = sum(len(batch["labels"]) for batch in batches)
+        supervised = [(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]
+        real = [batch["attention_mask"].sum() for batch in batches]
+        counts = torch.stack(
+            [torch.stack(supervised).sum(), torch.full_like(supervised[0], rows), torch.stack(real).sum()]
+        ).to(device, torch.float32)
+        self._tokens_seen = counts[2].double() + self._tokens_seen
         self._step_tokens, self._step_rows, self._step_real = self.accelerator.reduce(counts, reduction="sum").unbind()
-        self.tokens_seen += sum(int(batch["attention_mask"].sum()) for batch in batches)
         return batches, items
 
     def compute_loss(
@@ -143,14 +145,14 @@ class MixtureTrainer(Trainer):
     ) -> Any:
         """Returns this micro-batch's part of the step's loss."""
         labels_BT = inputs["labels"]
-        unasked = {"labels"} if self._told else {"labels", "domain_ids", "prompt_mask"}
+        unasked = {"labels", "positions"} if self._told else {"labels", "positions", "domain_ids", "prompt_mask"}
         asked = {k: v for k, v in inputs.items() if k not in unasked}
-        positions_P = supervised_positions(labels_BT)
+        positions_P = inputs["positions"]
         logits_BPV = logits_at(model, positions_P, can_choose=self._head_can_choose, **asked)
-        nll_M, rows_M = next_token_nll(logits_BPV, labels_BT, positions_P)
+        nll_BP, supervised_BP = next_token_nll(logits_BPV, labels_BT, positions_P)
         domain_ids_B = inputs["domain_ids"]
-        self.tally.add(domain_ids_B[rows_M], nll=nll_M, tokens=torch.ones_like(nll_M))
-        loss = nll_M.sum() / self._step_tokens
+        self.tally.add(domain_ids_B, nll=nll_BP.sum(dim=1), tokens=supervised_BP.sum(dim=1))
+        loss = nll_BP.sum() / self._step_tokens
         if self.auxiliary:
             loss = loss + self._auxiliary_loss(model, inputs)
         # Data parallelism averages gradients over processes; the counts above are over all of them.

@@ -21,7 +21,7 @@ from loramix.errors import ConfigError
 from loramix.routing import Call, PromptRead, Routing, RoutingContext, copies_per_row
 from loramix.tuner.checkpointing import CheckpointGuard
 from loramix.tuner.decisions import last_scope_needed, settle
-from loramix.tuner.masks import cached_tokens, prompt_tokens, real_tokens
+from loramix.tuner.masks import cached_tokens, prompt_tokens, prompt_width, real_tokens
 from loramix.tuner.mixture import Mixture, checked_ids
 from loramix.tuner.persistence import TransformersLoad
 
@@ -95,6 +95,7 @@ class ForwardGuide:
             self.context.call = self._unsettled(mask_BT, domain_ids, mixture, inputs)
             return args, kwargs
         call = Call(mask_BT=mask_BT, prompt_mask_BT=prompt_tokens(prompt_mask, kwargs.get("labels"), mask_BT))
+        call.prompt_width = prompt_width(prompt_mask, call.prompt_mask_BT)
         if domain_ids is not None:
             call.expert_ids_B = checked_ids(domain_ids, rows, mixture, inputs.device)
             if module.training and mixture.reads_base:
@@ -216,7 +217,7 @@ class ForwardGuide:
     @torch.no_grad()
     def _read_base(self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, upto: str) -> None:
         """Lets the base alone read the prompts, no further than they go, and keeps what the routers take in."""
-        width = int(call.prompt_mask_BT.any(dim=0).nonzero().max()) + 1 if call.prompt_mask_BT.any() else 1
+        width = call.prompt_width or call.prompt_mask_BT.shape[1]
         masks = call.mask_BT[:, :width], call.prompt_mask_BT[:, :width]
         own = Call(mask_BT=masks[0], prompt_mask_BT=masks[1], base_only=True, stop_after=upto)
         cut = {k: v[..., :width] if k == "position_ids" and v is not None else v for k, v in kwargs.items()}

@@ -19,14 +19,15 @@ def real_tokens(attention_mask: Any, rows: int, length: int, device: torch.devic
 
 
 def prompt_tokens(prompt_mask: Tensor | None, labels: Tensor | None, mask_BT: Tensor) -> Tensor:
-    """Returns the tokens a router may read, bool (B, T): those the caller names; else those before the first
-    supervised label; else all.
+    """Returns the tokens a router may read, bool (B, T): those the caller names (a narrower mask is false beyond its
+    width); else those before the first supervised label; else all.
 
     Raises:
         ConfigError: labels leave a row without prompt.
     """
     if prompt_mask is not None:
-        return prompt_mask.bool() & mask_BT
+        beyond = mask_BT.shape[1] - prompt_mask.shape[1]
+        return torch.nn.functional.pad(prompt_mask.bool(), (0, beyond)) & mask_BT
     if labels is None:
         return mask_BT
     before_response_BT = mask_BT & ((labels != IGNORED).cumsum(dim=1) == 0)
@@ -41,3 +42,14 @@ def prompt_tokens(prompt_mask: Tensor | None, labels: Tensor | None, mask_BT: Te
 def cached_tokens(cache: Any) -> int:
     """Returns how many tokens a key-value cache holds; 0 for none."""
     return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+
+
+def prompt_width(prompt_mask: Tensor | None, prompt_mask_BT: Tensor) -> int:
+    """Returns where the last prompt ends, without waiting for an accelerator: there the width of the mask the caller
+    gave is taken for it."""
+    if prompt_mask is not None and prompt_mask.shape[1] < prompt_mask_BT.shape[1]:
+        return max(1, prompt_mask.shape[1])
+    if prompt_mask_BT.device.type != "cpu":
+        return prompt_mask_BT.shape[1]
+    ends_T = prompt_mask_BT.any(dim=0).nonzero()
+    return int(ends_T.max()) + 1 if len(ends_T) else 1
