@@ -82,7 +82,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def save_base(folder: Path) -> Path:
     """A tiny base with tokenizer in a folder, as a user's own would lie there."""
     made = tokenizer()
-    llama(vocab=len(made), layers=2).save_pretrained(folder)
+    llama(vocab=len(made), layers=4).save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
 

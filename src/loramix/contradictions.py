@@ -73,6 +73,11 @@ def _against_method(experiment: Experiment, method: Method) -> list[str]:
         found.append(
             f"controls: method {method.name} trains no expert alone, so there is no single_long. Leave it out."
         )
+    elif "single_long" in experiment.controls and (not method.trains or method.stages[-1].search is not None):
+        found.append(
+            f"controls: the last stage of method {method.name} takes no training steps, so single_long has no length. "
+            "Leave it out."
+        )
     alone = data.path is None and len(data.domains) == 1
     if method.expert_count == "one per domain" and alone:
         found.append(f"method {method.name} mixes domains, but one is given. Name at least two, or use method lora.")

@@ -160,12 +160,20 @@ def _as_type(value: Any, wanted: type) -> Any:
     if wanted is str:
         return value if isinstance(value, str) else None
     if wanted is dict:
-        return value if isinstance(value, dict) else None
+        return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else None
     try:
         right = wanted(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return right if wanted is not int or float(value) == right else None
+
+
+def _number(value: Any) -> Any:
+    """Returns the number a text stands for (YAML reads 1e-4 as text), or the value as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _known_at(path: Iterable[Any]) -> list[str]:

@@ -78,9 +78,8 @@ def _told(model: Any, settled_by: str, expert: str | None) -> dict[str, Any]:
     if settled_by == "domain":
         domains = model.peft_config["default"].domains
         if expert not in domains:
-            raise ConfigError(
-                f"--expert {expert}: this method must be told the domain. Expected one of {', '.join(domains)}."
-            )
+            said = "is missing" if expert is None else f"{expert} is no domain of it"
+            raise ConfigError(f"--expert {said}: this method is told the domain. Expected one of {', '.join(domains)}.")
         return {"domain_ids": torch.tensor([domains.index(expert)], device=model.device)}
     if settled_by == "nothing" and expert is not None:
         raise ConfigError(f"--expert {expert}: this method pins no expert. Leave it out.")

@@ -26,12 +26,21 @@ def route(
     as_json: Annotated[bool, typer.Option("--json", help="Print the routes as JSON.")] = False,
 ) -> None:
     quiet_libraries()
+    from loramix.errors import ConfigError
     from loramix.experiment import load
+    from loramix.methods import method_named
     from loramix.opening import open_model
     from loramix.run_folder import RunFolder
 
     folder = RunFolder.opened(run)
-    model, tokenizer = open_model(load(folder.config).experiment, folder)
+    experiment = load(folder.config).experiment
+    router = method_named(experiment.method).router
+    if router is None or router.settled_by != "prompt":
+        raise ConfigError(
+            f"{run}: method {experiment.method} settles no expert for a prompt, so there is nothing to show. Runs of "
+            "moa can be asked."
+        )
+    model, tokenizer = open_model(experiment, folder)
     routes = model.route(text, tokenizer, decision=decision)
     if as_json:
         print_json([{"text": one, **asdict(way)} for one, way in zip(text, routes, strict=True)])

@@ -3,7 +3,7 @@
     y = W0 x + alpha / r * sum_e omega_e B_e A_e x,    omega = softmax(W_g e_task),    experts of rank r / E
 
 The gate reads the task's id and nothing of the input, so the caller names the domain at inference too
-(`generate(..., domain_ids=...)`), and for one task the experts can be merged into the base.
+(`generate(..., domain_ids=...)`). For one task the weights are constants.
 """
 
 from loramix.experts.config import BankConfig

@@ -5,8 +5,9 @@
 
 Zhu et al., SiRA, arXiv:2311.09179. A dropped token gets nothing from that expert: it falls back to the frozen path (and
 to its other expert). The capacity is counted within a sequence, in the order of its tokens, over both choices of a
-token together: so no token depends on later ones, nor on the other rows of the batch. GShard, from which the rule
-comes, fills all first choices of a batch before any second one.
+token together. So a token takes nothing from later ones but the length of the sequence, which sets C in training, and
+nothing from the other rows of the batch. GShard, where the rule is from, fills all first choices of a batch before any
+second one.
 """
 
 from __future__ import annotations

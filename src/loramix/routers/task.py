@@ -2,8 +2,7 @@
 
     omega = softmax(W_g e_task),    e_task a learned embedding of the task
 
-Liu et al., MOELoRA, SIGIR 2024, arXiv:2310.18339. For one task the weights are constants, so a task's model can be
-merged into the base.
+Liu et al., MOELoRA, SIGIR 2024, arXiv:2310.18339. For one task the weights are constants.
 """
 
 from __future__ import annotations
