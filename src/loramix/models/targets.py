@@ -28,6 +28,8 @@ FFN_LAYOUTS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"w1", "w2"}), frozenset({"c_proj"})),
     (frozenset({"c_fc"}), frozenset({"c_proj"})),
     (frozenset({"fc1"}), frozenset({"fc2"})),
+    (frozenset({"fc_in"}), frozenset({"fc_out"})),
+    (frozenset({"up_proj"}), frozenset({"down_proj"})),
     (frozenset({"dense_h_to_4h"}), frozenset({"dense_4h_to_h"})),
 )
 """Feed-forward blocks that work element by element between their first linears and their last."""
@@ -61,6 +63,9 @@ def block_of(module_name: str) -> str:
 
 def is_ffn(module_name: str) -> bool:
     """Whether a module is in a feed-forward block."""
+    if block_of(module_name) == layer_of(module_name):  # OPT has fc1 and fc2 in the layer itself
+        leaf = module_name.rpartition(".")[2]
+        return any(leaf in first | last for first, last in FFN_LAYOUTS)
     block = block_of(module_name).rpartition(".")[2]
     return any(word in block for word in ("mlp", "ffn", "feed_forward", "moe"))
 
@@ -126,20 +131,26 @@ def ffn_halves(model: nn.Module, module_names: Collection[str]) -> dict[str, str
     return halves
 
 
-def refuse_moe_blocks(model: nn.Module, module_names: Collection[str]) -> None:
-    """Raises a ModelError if adapted modules are in blocks that are mixtures of experts already."""
-    mixtures = {
-        name.partition(".experts")[0]
-        for name, _ in [*model.named_modules(), *model.named_parameters()]
-        if ".experts" in name
-    }
-    inside = sorted({name for name in module_names if any(name.startswith(mixture + ".") for mixture in mixtures)})
-    if inside:
-        raise ModelError(
-            f"the base is a mixture of experts itself: {inside[0]} and {len(inside) - 1} more targets are in its "
-            "expert blocks, whose weights are no linear layers and whose tokens are routed already. Its attention can "
-            "be adapted: set target_modules = 'attention-linear'."
-        )
+def refuse_moe_blocks(model: nn.Module, word: str | None, module_names: Collection[str]) -> None:
+    """Raises a ModelError if the adaptation reaches for blocks that are mixtures of experts already.
+
+    Args:
+        model: the base.
+        word: the one of TARGET_WORDS that was asked for, if any. Expert weights are often bare parameters that no word
+            can select, so a word that means the feed-forward blocks is refused, rather than half obeyed.
+        module_names: what the targets select.
+    """
+    mixtures = {name.partition(".experts")[0] for name, _ in model.named_modules() if ".experts" in name}
+    mixtures |= {name.rpartition(".")[0] for name, p in model.named_parameters() if is_ffn(name) and p.dim() == 3}
+    inside = sorted({name for name in module_names if any(name.startswith(f"{mixture}.") for mixture in mixtures)})
+    if not mixtures or not (inside or word in ("all-linear", "ffn-linear")):
+        return
+    about = f"{inside[0]} is in one of its" if inside else f"{min(mixtures)} is one of its"
+    raise ModelError(
+        f"the base is a mixture of experts itself: {about} expert blocks, whose weights are no plain linear layers and "
+        "whose tokens are routed already. Linear layers outside of these blocks can be adapted, in most bases its "
+        "attention: set target_modules = 'attention-linear'."
+    )
 
 
 def check_targets(model: nn.Module, wanted: Collection[str] | str, matched: Collection[str]) -> None:

@@ -46,7 +46,7 @@ def matched_modules(model: nn.Module, config: LoramixConfig) -> list[str]:
         ]
         config.target_modules = set(matched)  # type: ignore[assignment]
     check_targets(model, matched if by_word else wanted, matched)
-    refuse_moe_blocks(model, matched)
+    refuse_moe_blocks(model, by_word, matched)
     if not matched:
         numbers = sorted({n for name, _ in model.named_modules() if (n := _layer_number(name)) is not None})
         raise ModelError(
