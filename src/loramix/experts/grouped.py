@@ -32,13 +32,17 @@ def rank_step(dtype: torch.dtype) -> int:
 
 
 def grouped(y_BTO: Tensor, x_BTI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing: Routing, scaling: float) -> Tensor:
-    """Apply by grouped GEMMs; a token routing. Arguments and result as in `experts.apply`."""
+    """Apply by grouped GEMMs; a token routing. Arguments and result as in `experts.apply`.
+
+    Under autocast it works in the experts' own type, since autocast knows nothing of grouped_mm.
+    """
     out, inputs = y_BTO.shape[-1], x_BTI.shape[-1]
     order = routing.order(max(A_ERI.shape[0], B_EOR.shape[0]))
     weights_M = routing.weights.to(x_BTI.dtype).flatten()[order.sorted_M]
-    added_NO: Tensor = _Grouped.apply(  # type: ignore[no-untyped-call]
-        y_BTO.reshape(-1, out), x_BTI.reshape(-1, inputs), A_ERI, B_EOR, weights_M, order, scaling
-    )
+    with torch.autocast(x_BTI.device.type, enabled=False):
+        added_NO: Tensor = _Grouped.apply(  # type: ignore[no-untyped-call]
+            y_BTO.reshape(-1, out), x_BTI.reshape(-1, inputs), A_ERI, B_EOR, weights_M, order, scaling
+        )
     return added_NO.view(y_BTO.shape)
 
 

@@ -1,12 +1,18 @@
-"""The localized balancing constraint of LoRAMoE: one half of the experts is pushed towards each kind of data.
+"""The localized balancing constraint of LoRAMoE: each half of the experts is loaded by one kind of data more.
 
 Dou et al., LoRAMoE, ACL 2024, arXiv:2312.09979. Experts form two groups (first and second half), domains two kinds.
 
     Q[e, b] = sum over the tokens of row b of the weight of expert e
-    Z = I * Q,    I[e, b] = 1 + delta if expert e's group is row b's kind, else 1 - delta
+    Z = I * Q, made even: the loss is least where all of Z is equal, so an expert with the larger I is loaded less
 
-The paper's loss is var(Z) / mean(Z); the authors' code divides by mean(Z)^2, the squared coefficient of variation,
-which does not change when all rows become longer. Both are here.
+Two forms, and they differ in more than a factor:
+
+    paper   I = 1 + delta where expert e's group is row b's kind, else 1 - delta;   var(Z) / mean(Z)
+    code    I = 1 + delta where it is not, else 1 - delta;   unbiased var(Z) / mean(Z)^2
+
+Taken literally, the paper's I leaves a kind's own half with less of its load, against the paper's own words; in the
+authors' code the two are the other way round, and a kind's own half gets more. Dividing by mean(Z)^2 (the squared
+coefficient of variation) makes the loss indifferent to the length of the rows.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from loramix.routing import Routing
 
 
 def localized_balance(routings: Iterable[Routing], kinds_B: Tensor, delta: float = 0.1) -> Tensor:
-    """Returns the paper's form, var(Z) / mean(Z), mean over routers.
+    """Returns the paper's form, mean over routers.
 
     Args:
         routings: token routings of one forward.
@@ -31,12 +37,12 @@ def localized_balance(routings: Iterable[Routing], kinds_B: Tensor, delta: float
 
 
 def localized_balance_cv(routings: Iterable[Routing], kinds_B: Tensor, delta: float = 0.1) -> Tensor:
-    """Returns the form of the authors' code, var(Z) / mean(Z)^2, mean over routers; arguments as above."""
-    return _mean(z.var(correction=0) / z.mean().square().clamp(min=1e-9) for z in _weighted(routings, kinds_B, delta))
+    """Returns the form of the authors' code, mean over routers; arguments as above."""
+    return _mean(z.var() / z.mean().square().clamp(min=1e-9) for z in _weighted(routings, kinds_B, -delta))
 
 
 def _weighted(routings: Iterable[Routing], kinds_B: Tensor, delta: float) -> Iterable[Tensor]:
-    """Yields Z_EB of each router."""
+    """Yields Z_EB of each router, with I = 1 + delta for a kind's own group."""
     rows = len(kinds_B)
     for routing in routings:
         if routing.probabilities is None or routing.level != "token":

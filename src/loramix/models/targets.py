@@ -112,7 +112,11 @@ def ffn_halves(model: nn.Module, module_names: Collection[str]) -> dict[str, str
     problems = Problems("feed-forward blocks as experts")
     for parent, names in blocks.items():
         leaves = {name.rpartition(".")[2] for name in names}
-        inside = {child for child, module in model.get_submodule(parent).named_modules() if linear_sizes(module)}
+        inside = {
+            child
+            for child, module in model.get_submodule(parent).named_modules()
+            if linear_sizes(module) and not child.endswith(".base_layer")  # under an adapter that is on it already
+        }
         layout = next(((first, last) for first, last in FFN_LAYOUTS if first | last == inside), None)
         if layout is None:
             problems.add(
@@ -141,7 +145,11 @@ def refuse_moe_blocks(model: nn.Module, word: str | None, module_names: Collecti
         module_names: what the targets select.
     """
     mixtures = {name.partition(".experts")[0] for name, _ in model.named_modules() if ".experts" in name}
-    mixtures |= {name.rpartition(".")[0] for name, p in model.named_parameters() if is_ffn(name) and p.dim() == 3}
+    mixtures |= {
+        name.rpartition(".")[0]
+        for name, parameter in model.named_parameters()
+        if is_ffn(name) and parameter.dim() == 3 and ".loramix_" not in name  # an adapter's banks are on it already
+    }
     inside = sorted({name for name in module_names if any(name.startswith(f"{mixture}.") for mixture in mixtures)})
     if not mixtures or not (inside or word in ("all-linear", "ffn-linear")):
         return

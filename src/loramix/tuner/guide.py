@@ -84,6 +84,7 @@ class ForwardGuide:
         decision = kwargs.pop("decision", None)
         mixture = self.active()
         if mixture is None or not mixture.doors:
+            self.context.call = None
             return args, kwargs
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
