@@ -36,7 +36,7 @@ format: install
 	$(BIN)/ruff check --fix src tests benchmarks
 
 bench: install
-	$(BIN)/python benchmarks/label_leak.py runs/demo
+	$(BIN)/python benchmarks/step_cost.py --json --out runs/step_cost.json
 
 docs: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"

@@ -64,14 +64,15 @@ def check(experts: int = 4, rank: int = 8) -> list[str]:
         targets = "all-linear" if method in NEEDS_FFN else "q,v"
         apart = {}
         for backend in ("auto", "loop"):
-            theirs = built(Spec(method, form, targets, experts, rank), base, rows=2, length=16)
-            ours = built(Spec(method, "loramix", targets, experts, rank), base, rows=2, length=16)
-            ours.model = our_model(base, ours.spec, init_lora_weights=False, backend=backend)
+            theirs = built(Spec(method, form, targets, experts, rank), base, rows=4, length=64)
+            ours = built(Spec(method, "loramix", targets, experts, rank, backend=backend), base, rows=4, length=64)
+            ours.model = our_model(base, ours.spec, init_lora_weights=False)
             pairs = take_weights(theirs.model, ours.model.base_model.model)
             logits = [one.logits() for one in (theirs, ours)]
             losses = [one.loss() for one in (theirs, ours)]
             for loss in losses:
                 loss.backward()
+            assert all((one.grad is not None) == one.requires_grad for one, _, _ in pairs.values()), f"{method}, {form}"
             gradients = [
                 (one.grad, own.grad if expert is None else own.grad[expert])
                 for one, own, expert in pairs.values()

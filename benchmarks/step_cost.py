@@ -6,11 +6,14 @@
 
 A step is: forward with the loss as the trainer takes it (language model, and the method's own losses), backward, AdamW,
 gradients dropped. On the built-in base in fp32, with random tokens; rank, targets, batch and step are the baseline's.
-One process; the variants of a group take turns in a new random order in each repetition, after one step to warm up.
+One process; the variants of a group take turns in a new random order in each repetition, after a step that warms up.
 
     step_ratio    CPU seconds of the step, divided by those of PEFT's LoRA in the same repetition; median
     wall_ratio    the same by the clock; on a machine with other work on it, CPU seconds are the better measure
-    memory_ratio  peak memory of the step above what was there before (trained weights and Adam's state are), likewise
+    memory_ratio  peak of a step's tensors above those there before it (trained weights and Adam's state are), from the
+                  events of torch's allocator, divided by that of PEFT's LoRA; exact, so one step of each is enough
+    resident_ratio  the same as the system sees it (VmHWM above VmRSS), median; in a process that has run other steps
+                  before it varies by a third with the state of the heap, and is here for that reason only
 
 Dropout on the input (lora_dropout) is 0 everywhere. Methods that allot experts by layer have the same number in each.
 Groups of many experts are built a few variants at a time, each time beside the baseline, to bound the memory.
@@ -22,12 +25,14 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,42 +44,45 @@ from step_variants import BASELINE, MAY_BE_MEASURED, MEASURED, TARGETS, Spec, Va
 from loramix import load_base
 from loramix.cli.output import quiet_libraries
 from loramix.environment import environment
+from loramix.experts.apply import BACKENDS
 
 EXPERTS = (2, 8, 16, 64)
 TOGETHER = 64
 """Experts of all variants that are in memory at the same time: 32 variants of 2, 1 of 64."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one step took."""
+@dataclass
+class Costs:
+    """What the steps of one variant took, by repetition, and the peak of its tensors in a step."""
 
-    cpu_s: float
-    wall_s: float
-    peak_mib: float | None
+    peak_mib: float
+    cpu_s: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+    resident_mib: list[float] = field(default_factory=list)
 
 
-class PeakMemory:
-    """Linux's high-water mark of this process, reset before each step; not available elsewhere."""
+class Resident:
+    """Linux's high-water mark of this process, reset before a step; not available elsewhere."""
 
     def __init__(self) -> None:
         try:
             self._reset()
-            self.available = self._read("VmHWM") > 0
-        except (OSError, ValueError):
+            self.libc = ctypes.CDLL(None)
+            self.available = self._read("VmHWM") > 0 and hasattr(self.libc, "malloc_trim")
+        except (OSError, StopIteration):
             self.available = False
 
     def start(self) -> None:
         """Gives back what is free and begins anew."""
         gc.collect()
         if self.available:
-            ctypes.CDLL(None).malloc_trim(0)
+            self.libc.malloc_trim(0)
             self._reset()
             self.before = self._read("VmRSS")
 
-    def above(self) -> float | None:
-        """Returns the peak since `start` above what was there then, in MiB."""
-        return (self._read("VmHWM") - self.before) / 1024 if self.available else None
+    def above(self) -> list[float]:
+        """Returns the peak since `start` above what was there then, in MiB; nothing where it is not available."""
+        return [(self._read("VmHWM") - self.before) / 1024] if self.available else []
 
     def _reset(self) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -84,52 +92,54 @@ class PeakMemory:
         return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
+def tensor_peak(variant: Variant) -> float:
+    """Takes one step and returns how much its tensors took at most, above those there before, in MiB."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        variant.step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events)) / 2**20
+
+
 def say(text: str) -> None:
     """Prints progress."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def cost(variant: Variant, memory: PeakMemory) -> Cost:
-    """Takes one step and returns what it took."""
-    memory.start()
-    wall, cpu = time.perf_counter(), time.process_time()
-    variant.step()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    peak = memory.above()
-    variant.forget()
-    return Cost(cpu, wall, peak)
-
-
-def measure(group: list[Spec], base: Any, asked: argparse.Namespace, memory: PeakMemory) -> dict[Spec, list[Cost]]:
-    """Builds the variants of a group and lets them take turns."""
+def measure(group: list[Spec], base: Any, asked: argparse.Namespace, resident: Resident) -> dict[Spec, Costs]:
+    """Builds the variants of a group, takes a step of each for its memory, then lets them take turns for their time."""
     started = time.perf_counter()
+    gc.collect()  # models refer to themselves: the last group goes only now
     variants = [built(spec, base, asked.rows, asked.length) for spec in group]
+    costs = {}
+    for variant in variants:
+        variant.make_optimizer_state()
+        costs[variant.spec] = Costs(tensor_peak(variant))
     pick = random.Random(0)
-    costs: dict[Spec, list[Cost]] = {spec: [] for spec in group}
-    for repetition in range(-1, asked.repetitions):
+    for _ in range(asked.repetitions):
         for variant in pick.sample(variants, len(variants)):
-            taken = cost(variant, memory)
-            if repetition >= 0:
-                costs[variant.spec].append(taken)
-    took = time.perf_counter() - started
-    say(f"{group[0].targets}, {len(group)} variants up to {group[-1].label}: {took:.0f} s")
+            resident.start()
+            wall, cpu = time.perf_counter(), time.process_time()
+            loss = variant.step()
+            costs[variant.spec].cpu_s.append(time.process_time() - cpu)
+            costs[variant.spec].wall_s.append(time.perf_counter() - wall)
+            costs[variant.spec].resident_mib += resident.above()
+            assert math.isfinite(loss), f"{variant.spec.label}: loss {loss}"
+    say(f"{len(group)} variants up to {group[-1].label}: {time.perf_counter() - started:.0f} s")
     return costs
 
 
-def ratio(costs: list[Cost], baseline: list[Cost], of: str) -> tuple[float, float, float] | None:
-    """Returns median, least and greatest of a cost over the baseline's in the same repetition."""
-    pairs = [(getattr(one, of), getattr(other, of)) for one, other in zip(costs, baseline, strict=True)]
-    ratios = [one / other for one, other in pairs if one is not None and other]
-    return (median(ratios), min(ratios), max(ratios)) if ratios else None
+def ratios(costs: Costs, baseline: Costs, of: str) -> list[float]:
+    """Returns a cost over the baseline's in the same repetition."""
+    return [one / other for one, other in zip(getattr(costs, of), getattr(baseline, of), strict=True)]
 
 
-def middle(costs: list[Cost], of: str, digits: int) -> float | None:
-    """Returns the median of a cost, or None where it was not measured."""
-    found = [getattr(one, of) for one in costs if getattr(one, of) is not None]
-    return round(median(found), digits) if found else None
+def middle(values: list[float], digits: int = 3) -> float | None:
+    """Returns the median, or None where nothing was measured."""
+    return round(median(values), digits) if values else None
 
 
-def row(spec: Spec, costs: list[Cost], baseline: list[Cost]) -> dict[str, Any]:
+def row(spec: Spec, costs: Costs | None, baseline: Costs | None) -> dict[str, Any]:
     """Returns the row of one variant; without costs, of one that was not run."""
     found: dict[str, Any] = {
         "method": spec.method,
@@ -139,21 +149,51 @@ def row(spec: Spec, costs: list[Cost], baseline: list[Cost]) -> dict[str, Any]:
         "rank": spec.rank,
         "top_k": spec.top_k,
     }
-    for name, of in (("step_ratio", "cpu_s"), ("wall_ratio", "wall_s"), ("memory_ratio", "peak_mib")):
-        ratios = ratio(costs, baseline, of) if costs else None
-        found[name] = round(ratios[0], 3) if ratios else None
-        if of == "cpu_s":
-            found["step_ratio_range"] = [round(one, 3) for one in ratios[1:]] if ratios else None
-    found |= {"cpu_s": middle(costs, "cpu_s", 3), "peak_mib": middle(costs, "peak_mib", 1)}
+    measured = ("step_ratio", "step_ratio_range", "wall_ratio", "memory_ratio", "resident_ratio", "cpu_s", "peak_mib")
+    found |= dict.fromkeys(measured)
+    if costs is not None and baseline is not None:
+        steps = ratios(costs, baseline, "cpu_s")
+        found["step_ratio"] = middle(steps)
+        found["step_ratio_range"] = [round(min(steps), 3), round(max(steps), 3)]
+        found["wall_ratio"] = middle(ratios(costs, baseline, "wall_s"))
+        found["memory_ratio"] = round(costs.peak_mib / baseline.peak_mib, 3)
+        found["resident_ratio"] = middle(ratios(costs, baseline, "resident_mib"))
+        found["cpu_s"] = middle(costs.cpu_s)
+        found["peak_mib"] = round(costs.peak_mib, 1)
     if spec.note:
         found["note"] = spec.note
     return found
 
 
+def in_all(targets: str, rank: int, measured: list[Costs]) -> dict[str, Any]:
+    """Returns the baseline's own figures over all groups."""
+    lists = ("cpu_s", "wall_s", "resident_mib")
+    every = {of: [value for one in measured for value in getattr(one, of)] for of in lists}
+    return {
+        "form": BASELINE,
+        "targets": targets,
+        "rank": rank,
+        "steps": len(every["cpu_s"]),
+        "cpu_s": middle(every["cpu_s"]),
+        "wall_s": middle(every["wall_s"]),
+        "peak_mib": middle([one.peak_mib for one in measured], 1),
+        "resident_mib": middle(every["resident_mib"], 1),
+    }
+
+
+def keep(report: dict[str, Any], found: dict[str, Any], asked: argparse.Namespace) -> None:
+    """Puts a row into the report and shows it."""
+    report["rows"].append(found)
+    if asked.json:
+        say(shown(found))
+    else:
+        print(shown(found), flush=True)
+
+
 def shown(one: dict[str, Any]) -> str:
     """Returns a row as a line of the table."""
-    numbers = [one[name] for name in ("step_ratio", "wall_ratio", "memory_ratio", "cpu_s")]
-    cells = ["-" if number is None else f"{number:.2f}" for number in numbers]
+    names = ("step_ratio", "wall_ratio", "memory_ratio", "cpu_s")
+    cells = ["-" if one[name] is None else f"{one[name]:.2f}" for name in names]
     columns = f"{one['method']:20} {one['form']:15} {one['targets']:11}{one['experts']:>3} "
     return columns + " ".join(f"{cell:>7}" for cell in cells) + f"  {one.get('note', '')}"
 
@@ -164,42 +204,28 @@ def run(asked: argparse.Namespace, report: dict[str, Any]) -> None:
     if asked.layers:
         base.model.layers = base.model.layers[: asked.layers]
         base.config.num_hidden_layers = asked.layers
-    memory = PeakMemory()
-    report["settings"]["memory"] = "VmHWM above VmRSS before the step" if memory.available else "not measured here"
-    baselines: dict[str, list[Cost]] = {targets: [] for targets in asked.targets}
+    resident = Resident()
+    baselines: dict[str, list[Costs]] = {targets: [] for targets in asked.targets}
     for targets in asked.targets:
         for experts in asked.experts:
             waiting = []
-            for spec in specs(asked.methods, targets, experts, asked.rank, experts == asked.experts[0]):
+            first = experts == asked.experts[0]
+            for spec in specs(asked.methods, targets, experts, asked.rank, first, asked.backend):
                 needs = spec.gigabytes(base, asked.rows * asked.length)
                 if needs <= asked.memory_limit:
                     waiting.append(spec)
                     continue
-                note = f"not run: it would keep {needs:.0f} GiB for the backward pass"
-                report["rows"].append(row(spec, [], []) | {"note": note})
-                say(f"{spec.label} {note}")
+                note = f"not run: it would keep {needs:.1f} GiB for the backward pass"
+                keep(report, row(spec, None, None) | {"note": note}, asked)
             together = max(1, TOGETHER // experts)
             for start in range(0, len(waiting), together):
                 some = waiting[start : start + together]
                 plain = Spec("lora", BASELINE, targets, 1, asked.rank)
-                costs = measure([plain, *some], base, asked, memory)
-                baselines[targets] += costs[plain]
+                costs = measure([plain, *some], base, asked, resident)
+                baselines[targets].append(costs[plain])
                 for spec in some:
-                    report["rows"].append(row(spec, costs[spec], costs[plain]))
-                    say(shown(report["rows"][-1]))
-                report["baseline"] = [
-                    {
-                        "form": BASELINE,
-                        "targets": name,
-                        "rank": asked.rank,
-                        "steps": len(steps),
-                        "cpu_s": middle(steps, "cpu_s", 3),
-                        "wall_s": middle(steps, "wall_s", 3),
-                        "peak_mib": middle(steps, "peak_mib", 1),
-                    }
-                    for name, steps in baselines.items()
-                    if steps
-                ]
+                    keep(report, row(spec, costs[spec], costs[plain]), asked)
+                report["baseline"] = [in_all(name, asked.rank, parts) for name, parts in baselines.items() if parts]
                 if asked.out:
                     asked.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -217,22 +243,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="sequences in a batch")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--layers", type=int, help="keep only the first layers of the base")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="of loramix's forms")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory-limit", type=float, default=10.0, help="GiB a variant may keep; others are not run")
-    return parser.parse_args()
+    parser.add_argument("--memory-limit", type=float, default=6.0, help="GiB a form may keep, else not run")
+    asked = parser.parse_args()
+    if min(asked.experts) < 2:
+        parser.error("--experts: expected at least 2 each; LoRA, which has one, is the baseline")
+    return asked
 
 
 def main() -> None:
     """Measures and prints."""
     asked = arguments()
     quiet_libraries()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
     torch.set_num_threads(asked.threads)
     if asked.check:
         print("\n".join(check()))
         return
     found = environment()
-    settings = {name: getattr(asked, name) for name in ("rows", "length", "layers", "repetitions", "threads", "rank")}
+    named = ("rows", "length", "layers", "repetitions", "threads", "rank", "backend")
+    settings = {name: getattr(asked, name) for name in named}
     settings |= {
         "base": "built-in, fp32",
         "lora_dropout": 0.0,
@@ -249,6 +281,8 @@ def main() -> None:
         "baseline": [],
         "rows": [],
     }
+    if not asked.json:
+        print(f"{'method':20} {'form':15} {'targets':11}{'E':>3}    step    wall  memory   CPU s", flush=True)
     run(asked, report)
     report["load_average"] = [round(one, 1) for one in os.getloadavg()]
     if asked.out:
@@ -257,10 +291,8 @@ def main() -> None:
         print(json.dumps(report, indent=1))
         return
     for one in report["baseline"]:
-        peak = "peak not measured" if one["peak_mib"] is None else f"{one['peak_mib']:.0f} MiB"
-        print(f"{BASELINE}, {one['targets']}: {one['cpu_s']:.2f} CPU s, {one['wall_s']:.2f} s, {peak} = 1.00")
-    print(f"\n{'method':20} {'form':15} {'targets':11}{'E':>3}    step    wall  memory   CPU s")
-    print("\n".join(shown(one) for one in report["rows"]))
+        costs = f"{one['cpu_s']:.2f} CPU s, {one['wall_s']:.2f} s, {one['peak_mib']:.0f} MiB"
+        print(f"1.00 = {BASELINE}, {one['targets']}: {costs}")
 
 
 if __name__ == "__main__":

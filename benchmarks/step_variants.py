@@ -70,6 +70,7 @@ class Spec:
     rank: int
     reads: str | None = None
     note: str | None = None
+    backend: str = "auto"
 
     @property
     def top_k(self) -> int:
@@ -96,7 +97,9 @@ class Spec:
         return 4 * tokens * self.experts * sum(linear.out_features for linear in linears) / 2**30
 
 
-def specs(methods: Sequence[str], targets: str, experts: int, rank: int, first: bool) -> Iterator[Spec]:
+def specs(
+    methods: Sequence[str], targets: str, experts: int, rank: int, first: bool, backend: str = "auto"
+) -> Iterator[Spec]:
     """Yields the variants of one number of experts; LoRA itself, which has one, only in the first such group."""
     for method in methods:
         if (method in NEEDS_FFN and targets == "q,v") or (method == "lora" and not first):
@@ -104,10 +107,10 @@ def specs(methods: Sequence[str], targets: str, experts: int, rank: int, first: 
         if method == "moelora-task" and rank % experts:
             continue
         count = 1 if method == "lora" else experts
-        yield Spec(method, "loramix", targets, count, rank, note=NOTES.get(method))
+        yield Spec(method, "loramix", targets, count, rank, note=NOTES.get(method), backend=backend)
         if method == "moa":
             note = "router reads the running model: no second reading of the prompt"
-            yield Spec(method, "loramix", targets, experts, rank, "experts", note)
+            yield Spec(method, "loramix", targets, experts, rank, "experts", note, backend)
         for peers_method, form in FORMS:
             if peers_method == method:
                 yield Spec(method, form, targets, experts, rank, note=NOTES.get(method))
@@ -153,10 +156,6 @@ class Variant:
     def is_ours(self) -> bool:
         return self.spec.form == "loramix"
 
-    @property
-    def trained(self) -> int:
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
     def logits(self) -> Tensor:
         """Returns the logits where there are labels, (B, P, V)."""
         inputs = self.batch.told | self.batch.asked if self.is_ours else self.batch.told
@@ -169,6 +168,8 @@ class Variant:
         losses = {} if self.spec.form == BASELINE else METHODS[self.spec.method].losses
         domain_ids_B = batch.asked["domain_ids"]
         for name, weight in losses.items():
+            if weight == 0:
+                continue
             seen = Seen(
                 routings=self.model.routings if self.is_ours else routings(self.model),
                 outputs=self.model.expert_outputs if self.is_ours else {},
@@ -178,13 +179,24 @@ class Variant:
             total = total + weight * AUXILIARY[name].value(seen)
         return total
 
-    def step(self) -> None:
-        """Takes one training step."""
-        self.loss().backward()
+    def step(self) -> float:
+        """Takes one training step and returns its loss."""
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._forget()
+        return loss.item()
+
+    def make_optimizer_state(self) -> None:
+        """Takes an optimizer step on gradients of zero, so that no later step has to make room for Adam's state."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Drops the routings of the last forward, which would count as there before the next step."""
         if self.is_ours:
             self.model.base_model.guide.context.call = None
@@ -204,6 +216,7 @@ def our_model(base: nn.Module, spec: Spec, **settings: Any) -> Any:
         lora_alpha=2 * spec.rank,
         lora_dropout=0.0,
         target_modules=list(spec.leaves),
+        backend=spec.backend,
         router={"reads": spec.reads} if spec.reads else None,
         **settings,
     )

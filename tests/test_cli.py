@@ -194,6 +194,17 @@ def test_methods_and_env(capsys):
     assert run(["methods", "--json"]) == 0
     listed = {method["name"]: method for method in json.loads(capsys.readouterr().out)}
     assert listed["moa"]["losses"] == {"routing_cross_entropy": 0.1}
+    assert len(listed) == 21
+    assert {"name", "paper", "router", "scope", "losses", "stages"} <= listed["mosld"].keys()
+    assert run(["methods", "show", "mosld", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["bank"] == {"share": "down", "weight_dropout": 0.1, "combine": "outputs", "split_rank": False}
+    assert run(["methods", "show", "mosld"]) == 0
+    assert "weight_dropout: 0.1" in capsys.readouterr().out
+    assert run(["methods", "show", "mosdl"]) == 2
+    assert 'Did you mean "mosld"' in capsys.readouterr().err
+    assert run(["methods"]) == 0
+    assert "moelora-contrastive" in capsys.readouterr().out
     assert run(["env", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["packages"]["torch"]
 
