@@ -202,7 +202,7 @@ def test_methods_and_env(capsys):
     assert run(["methods", "show", "mosld"]) == 0
     assert "weight_dropout: 0.1" in capsys.readouterr().out
     assert run(["methods", "show", "mosdl"]) == 2
-    assert 'Did you mean "mosld"' in capsys.readouterr().err
+    assert 'Did you mean "mosl" or "mosld"' in capsys.readouterr().err
     assert run(["methods"]) == 0
     assert "moelora-contrastive" in capsys.readouterr().out
     assert run(["env", "--json"]) == 0
