@@ -61,13 +61,13 @@ def states() -> dict[str, Any]:
 
 def accuracy(found: dict[str, Any], pooling: str, activation: str, steps: int, rate: float, seed: int) -> Tensor:
     """Trains the routers of all layers and returns (last, vote, mean over layers)."""
-    from loramix.routers import SequenceRouterConfig
+    from loramix.routers import SequenceRouterConfig, Site
 
     torch.manual_seed(seed)
     train, test = found[f"{pooling} train"], found[f"{pooling} test"]
     labels, truth = found["train"], found["test"]
     experts = int(labels.max()) + 1
-    routers = [SequenceRouterConfig(activation=activation).build(train.shape[2], experts) for _ in train]
+    routers = [SequenceRouterConfig(activation=activation).build(Site(train.shape[2], train.shape[2], experts)) for _ in train]
     parameters = [p for router in routers for p in router.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0)
     for step in range(steps):
