@@ -67,7 +67,8 @@ def accuracy(found: dict[str, Any], pooling: str, activation: str, steps: int, r
     train, test = found[f"{pooling} train"], found[f"{pooling} test"]
     labels, truth = found["train"], found["test"]
     experts = int(labels.max()) + 1
-    routers = [SequenceRouterConfig(activation=activation).build(Site(train.shape[2], train.shape[2], experts)) for _ in train]
+    site = Site(train.shape[2], train.shape[2], experts)
+    routers = [SequenceRouterConfig(activation=activation).build(site) for _ in train]
     parameters = [p for router in routers for p in router.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0)
     for step in range(steps):

@@ -15,7 +15,6 @@ from loramix.budget import joint_settings
 from loramix.data.collation import Example
 from loramix.evaluation.scoring import score
 from loramix.methods import Method, method_named
-from loramix.models import load_base
 from loramix.opening import ADAPTER
 from loramix.preparation import Prepared
 from loramix.training.gradient_free import search_weights
@@ -106,11 +105,6 @@ def _search(prepared: Prepared, model: Any, method: Method) -> dict[str, Any]:
     weights_E = next(p for name, p in model.named_parameters() if name.endswith("weights_E"))
     found = search_weights(weights_E, loss, search, seed=prepared.experiment.seed, console=prepared.console)
     return {"steps": 0, "tokens": 0, "examples": len(few), **found}
-
-
-def fresh_base(prepared: Prepared) -> Any:
-    """Returns the base anew, after its own weights were trained."""
-    return load_base(prepared.experiment.model_name_or_path, dtype=prepared.experiment.dtype)
 
 
 def save(model: Any, folder: Path) -> None:

@@ -25,6 +25,7 @@ def can_fuse(base_layer: object, x: Tensor, A_ERI: Tensor) -> bool:
         and torch.is_grad_enabled()
         and x.dtype == base_layer.weight.dtype == A_ERI.dtype
         and not base_layer.weight.requires_grad
+        and (base_layer.bias is None or not base_layer.bias.requires_grad)
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
         and not (base_layer._forward_hooks or base_layer._forward_pre_hooks)

@@ -113,7 +113,7 @@ class LoramixConfig(PeftConfig):
         if self.experts is not None or self.num_experts is not None:
             for name in ("num_experts", "allocation"):
                 defaults.pop(name, None)
-        elif self.allocation is not None:
+        elif self.allocation not in (None, "uniform"):
             defaults.pop("num_experts", None)
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -179,7 +179,7 @@ class LoramixConfig(PeftConfig):
                 "the names of at least two domains."
             )
         if not self.experts:
-            problems.add("num_experts = 0: expected at least 1.")
+            problems.add(f"num_experts: missing or 0. Method {method.name} needs a number of experts here; set it.")
 
     def _resolve_bank(self, method: Method, problems: Problems) -> None:
         bank = self._overridden("bank", method.bank, problems)
@@ -205,8 +205,9 @@ class LoramixConfig(PeftConfig):
         if kind != method.router.kind:
             problems.add(f"router.kind = {kind!r}: method {method.name} has a {method.router.kind} router.")
         resolved = self._overridden("router", method.router, problems)
-        for problem in resolved.problems(extremes(self.allocation, len(self.experts or []))[0]):
-            problems.add(problem)
+        if self.experts:
+            for problem in resolved.problems(extremes(self.allocation, len(self.experts))[0]):
+                problems.add(problem)
         self.router = asdict(resolved)
         self._resolve_scope(method, problems)
         if resolved.settled_by == "domain" and not self.domains:

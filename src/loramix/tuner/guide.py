@@ -58,6 +58,7 @@ class ForwardGuide:
 
     def leave(self) -> None:
         """Takes the hook and everything put on the model away; the base is as it was."""
+        self.context.call = None
         for hook in self._hooks:
             hook.remove()
         for name in (_NAME, CheckpointGuard.replaces, TransformersLoad.replaces):
@@ -160,7 +161,11 @@ class ForwardGuide:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model knows no caches: they belong to the forwards of the original."""
-        return {**self.__dict__, "_of_cache": WeakKeyDictionary()}
+        return {name: value for name, value in self.__dict__.items() if name != "_of_cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._of_cache = WeakKeyDictionary()
 
     def _settle_here(
         self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, mixture: Mixture, decision: str

@@ -91,6 +91,14 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
                 "one mixture at a time: a routing names the experts of one. Set one, or put all experts in one mixture."
             )
         super().set_adapter(adapter_names, inference_mode)
+        self._freeze_what_never_trains()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """As PEFT's; experts of a method that only routes trained ones stay frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_what_never_trains()
+
+    def _freeze_what_never_trains(self) -> None:
         for adapter, bank in self.loramix_bank.items():
             if "experts" not in self.loramix_trains[adapter]:
                 bank.requires_grad_(False)

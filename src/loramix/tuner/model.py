@@ -224,11 +224,15 @@ class LoramixModel(BaseTuner):
         mixture = self.guide.active()
         given = [args[0] if args else None, *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
         inputs = next((one for one in given if one is not None), None)
+        if domain_ids is not None and (expert is not None or decision is not None):
+            raise ConfigError(
+                "generate was given domain_ids and expert or decision. They contradict each other: pass one."
+            )
         if mixture is not None and mixture.settled_by == "domain" and domain_ids is not None and inputs is not None:
             with self.guide.settled(checked_ids(domain_ids, len(inputs), mixture, inputs.device)):
                 return self.model.generate(*args, **kwargs)
         if mixture is None or mixture.settled_by != "prompt" or inputs is None:
-            if expert is not None or decision is not None or domain_ids is not None:
+            if expert is not None or decision is not None:
                 self._mixture()
                 raise ConfigError("generate was given an expert but no prompt. Pass input_ids or inputs_embeds.")
             return self.model.generate(*args, **kwargs)

@@ -48,6 +48,7 @@ def places(model: nn.Module, config: LoramixConfig, matched: Collection[str]) ->
     method = method_named(config.method)
     if method.router is None:
         return {name: Place(None, False, len(config.experts or [])) for name in matched}
+    refuse_several_stacks(matched)
     counts = experts_by_layer(model, config)
     halves = ffn_halves(model, matched) if method.whole_ffn else {}
     routed = [name for name in matched if method.routed == "all targets" or is_ffn(name)]
@@ -71,6 +72,18 @@ def places(model: nn.Module, config: LoramixConfig, matched: Collection[str]) ->
             keeps_outputs="contrastive" in method.losses,
         )
     return found
+
+
+def refuse_several_stacks(matched: Collection[str]) -> None:
+    """Raises a ConfigError if routed modules are in more than one stack of layers (two towers, encoder and decoder):
+    these see different tokens, and one forward has one mask."""
+    layers = {(name, layer_of(name)) for name in matched if layer_of(name) != "model"}
+    stacks = {name.partition(layer)[0] + layer.rpartition(".")[0] for name, layer in layers}
+    if len(stacks) > 1:
+        raise ConfigError(
+            f"target_modules select layers of {len(stacks)} stacks ({', '.join(sorted(stacks))}). Routers follow one "
+            "stream of tokens: select the language model's layers alone, by names or by a regular expression."
+        )
 
 
 def scope_name(module_name: str, scope: str) -> str:
