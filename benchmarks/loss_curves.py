@@ -84,7 +84,7 @@ def tiny_domains(folder: Path) -> dict[str, str]:
 
 def settings(base: str, folder: Path, method: Method, checkpointing: bool) -> dict[str, Any]:
     """Returns the experiment of one curve."""
-    by_steps = bool(method.stages[-1].trains) and method.stages[-1].search is None
+    by_steps = method.stages[-1].takes_steps
     content: dict[str, Any] = {
         "output_dir": str(folder / f"run-{method.name}-{checkpointing}"),
         "method": method.name,
@@ -143,7 +143,7 @@ def check_answer(results: dict[str, Any], model: Any, tokenizer: Any) -> None:
     for one in results["examples"][:1]:
         batch = {k: v.to(model.device) for k, v in encode_prompts(tokenizer, [one["prompt"]]).items()}
         method = METHODS[results["method"]]
-        told = method.router is not None and method.router.settled_by == "domain"
+        told = method.settled_by == "domain"
         extra = {"domain_ids": torch.tensor([results["domains"].index(one["domain"])])} if told else {}
         written = model.generate(
             **batch, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id, **extra

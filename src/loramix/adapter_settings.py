@@ -37,5 +37,5 @@ def adapter_config(
         if settings["backend"] != "loop":
             settings["backend"] = "auto"
     names = {"one": [expert], "one per domain": list(domains)}.get(asked.expert_count)
-    told = asked.router is not None and asked.router.settled_by == "domain"
+    told = asked.settled_by == "domain"
     return LoramixConfig(method=asked.name, experts=names, domains=list(domains) if told else None, **settings)

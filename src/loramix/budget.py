@@ -31,7 +31,7 @@ def steps(settings: TrainingSettings, examples: int) -> int:
 def joint_steps(prepared: Prepared) -> int:
     """Returns the optimizer steps of the stage on all domains; 0 where the method has none by gradients."""
     last = method_named(prepared.experiment.method).stages[-1]
-    if not last.trains or last.search is not None:
+    if not last.takes_steps:
         return 0
     return steps(joint_settings(prepared), sum(len(examples) for examples in prepared.train.values()))
 

@@ -73,7 +73,7 @@ def _against_method(experiment: Experiment, method: Method) -> list[str]:
         found.append(
             f"controls: method {method.name} trains no expert alone, so there is no single_long. Leave it out."
         )
-    elif "single_long" in experiment.controls and (not method.trains or method.stages[-1].search is not None):
+    elif "single_long" in experiment.controls and not method.stages[-1].takes_steps:
         found.append(
             f"controls: the last stage of method {method.name} takes no training steps, so single_long has no length. "
             "Leave it out."

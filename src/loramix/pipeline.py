@@ -21,7 +21,7 @@ from loramix.building import save, train_method, train_on, with_lora
 from loramix.errors import DataError
 from loramix.evaluation.evaluate import RoutedResult, Row, measure_routed, rows_of, score_domains
 from loramix.evaluation.scoring import Score
-from loramix.methods import Method, method_named
+from loramix.methods import method_named
 from loramix.opening import ADAPTER, check_trained, load_trained
 from loramix.preparation import Prepared, prepare
 from loramix.run_folder import RunFolder, write_json
@@ -139,8 +139,8 @@ def measure(prepared: Prepared, model: Any, results: Results) -> None:
     experts by prompt."""
     method = method_named(prepared.experiment.method)
     name = "mixed" if method.expert_count == "one" else method.name
-    if _settled_by(method) != "prompt":
-        told = _settled_by(method) == "domain"
+    if method.settled_by != "prompt":
+        told = method.settled_by == "domain"
         experts = [e.domain_id for examples in prepared.held.values() for e in examples] if told else None
         scores = score_domains(model, prepared.held, pad_token_id=prepared.pad, experts=experts)
         results.rows += rows_of(name, scores)
@@ -157,14 +157,10 @@ def measure(prepared: Prepared, model: Any, results: Results) -> None:
     results.routed = routed
 
 
-def _settled_by(method: Method) -> str:
-    return method.router.settled_by if method.router is not None else "nothing"
-
-
 def answers(prepared: Prepared, model: Any, most_tokens: int = 40) -> list[dict[str, Any]]:
     """Returns one answer for each domain: to the first held-out prompt that leaves room for one."""
     room = getattr(prepared.base.config, "max_position_embeddings", None) or 1 << 30
-    how = _settled_by(method_named(prepared.experiment.method))
+    how = method_named(prepared.experiment.method).settled_by
     shown = []
     for domain_id, (domain, examples) in enumerate(prepared.held.items()):
         fitting = (e for e in examples if e.encoded.prompt_length + most_tokens <= room)

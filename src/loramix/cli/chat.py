@@ -35,8 +35,7 @@ def chat(
     folder = RunFolder.opened(run)
     experiment = load(folder.config).experiment
     model, tokenizer = open_model(experiment, folder)
-    router = method_named(experiment.method).router
-    settled_by = router.settled_by if router is not None else "nothing"
+    settled_by = method_named(experiment.method).settled_by
     told = _told(model, settled_by, expert)
     console = result_console()
     if sys.stdin.isatty():

@@ -34,8 +34,7 @@ def route(
 
     folder = RunFolder.opened(run)
     experiment = load(folder.config).experiment
-    router = method_named(experiment.method).router
-    if router is None or router.settled_by != "prompt":
+    if method_named(experiment.method).settled_by != "prompt":
         raise ConfigError(
             f"{run}: method {experiment.method} settles no expert for a prompt, so there is nothing to show. Runs of "
             "moa can be asked."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loramix.losses.mean import mean_of
 from loramix.routing import ExpertOutputs
 
 
@@ -27,13 +28,11 @@ def contrastive(outputs: Iterable[ExpertOutputs], temperature: float = 0.1) -> T
         outputs: a sample of expert outputs of each module.
         temperature: tau.
     """
-    losses = [_of_module(one, temperature) for one in outputs]
-    if not losses:
-        raise ValueError(
-            "the contrastive loss needs expert outputs, but none were kept in this forward. Check that the adapter is "
-            "enabled and that the model is in training mode."
-        )
-    return torch.stack(losses).mean()
+    return mean_of(
+        (_of_module(one, temperature) for one in outputs),
+        "the contrastive loss needs expert outputs, but none were kept in this forward. Check that the adapter is "
+        "enabled and that the model is in training mode.",
+    )
 
 
 def _of_module(one: ExpertOutputs, temperature: float) -> Tensor:

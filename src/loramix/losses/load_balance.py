@@ -11,7 +11,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from loramix.losses.mean import mean_of
 from loramix.routing import Routing
+
+_MISSING = (
+    "a balance loss needs router probabilities, but no router gave any in this forward. Check that the adapter "
+    "is enabled and that its method has a token router."
+)
 
 
 def load_balance(routings: Iterable[Routing]) -> Tensor:
@@ -26,11 +32,12 @@ def load_balance(routings: Iterable[Routing]) -> Tensor:
     Args:
         routings: by token or sequence; those without probabilities are passed over.
     """
-    return _mean_over_routers(
+    each = (
         routing.probabilities.shape[1] * (_shares(routing) * _mean_probabilities(routing)).sum()
         for routing in routings
         if routing.probabilities is not None
     )
+    return mean_of(each, _MISSING)
 
 
 def router_z(routings: Iterable[Routing]) -> Tensor:
@@ -43,7 +50,7 @@ def router_z(routings: Iterable[Routing]) -> Tensor:
         if routing.logits is not None:
             count = routing.mask.sum().clamp(min=1)
             losses.append((routing.logits.logsumexp(dim=1).square() * routing.mask).sum() / count)
-    return _mean_over_routers(losses)
+    return mean_of(losses, _MISSING)
 
 
 def gate_balance(routings: Iterable[Routing]) -> Tensor:
@@ -71,13 +78,3 @@ def _mean_probabilities(routing: Routing) -> Tensor:
     assert routing.probabilities is not None
     weighted_SE = routing.probabilities * routing.mask[:, None]
     return weighted_SE.sum(dim=0) / routing.mask.sum().clamp(min=1)
-
-
-def _mean_over_routers(losses: Iterable[Tensor]) -> Tensor:
-    collected = list(losses)
-    if not collected:
-        raise ValueError(
-            "a balance loss needs router probabilities, but no router gave any in this forward. Check that the adapter "
-            "is enabled and that its method has a token router."
-        )
-    return torch.stack(collected).mean()

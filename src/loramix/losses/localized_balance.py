@@ -22,7 +22,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from loramix.losses.mean import mean_of
 from loramix.routing import Routing
+
+_MISSING = (
+    "localized balancing needs token routers, but none ran in this forward. Check that the adapter is enabled "
+    "and that its method has token routers."
+)
 
 
 def localized_balance(routings: Iterable[Routing], kinds_B: Tensor, delta: float = 0.1) -> Tensor:
@@ -33,12 +39,14 @@ def localized_balance(routings: Iterable[Routing], kinds_B: Tensor, delta: float
         kinds_B: the kind of data of each row, 0 or 1, int64 (B,).
         delta: how far the two groups are pushed apart.
     """
-    return _mean(z.var(correction=0) / z.mean().clamp(min=1e-9) for z in _weighted(routings, kinds_B, delta))
+    each = (z.var(correction=0) / z.mean().clamp(min=1e-9) for z in _weighted(routings, kinds_B, delta))
+    return mean_of(each, _MISSING)
 
 
 def localized_balance_cv(routings: Iterable[Routing], kinds_B: Tensor, delta: float = 0.1) -> Tensor:
     """Returns the form of the authors' code, mean over routers; arguments as above."""
-    return _mean(z.var() / z.mean().square().clamp(min=1e-9) for z in _weighted(routings, kinds_B, -delta))
+    each = (z.var() / z.mean().square().clamp(min=1e-9) for z in _weighted(routings, kinds_B, -delta))
+    return mean_of(each, _MISSING)
 
 
 def _weighted(routings: Iterable[Routing], kinds_B: Tensor, delta: float) -> Iterable[Tensor]:
@@ -52,13 +60,3 @@ def _weighted(routings: Iterable[Routing], kinds_B: Tensor, delta: float) -> Ite
         groups_E = (torch.arange(experts, device=kinds_B.device) * 2) // experts
         push_EB = torch.where(groups_E[:, None] == kinds_B[None, :], 1 + delta, 1 - delta)
         yield push_EB * counted_BTE.sum(dim=1).T
-
-
-def _mean(losses: Iterable[Tensor]) -> Tensor:
-    collected = list(losses)
-    if not collected:
-        raise ValueError(
-            "localized balancing needs token routers, but none ran in this forward. Check that the adapter is enabled "
-            "and that its method has token routers."
-        )
-    return torch.stack(collected).mean()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from loramix.experts.config import BankConfig
-from loramix.routers.base import RouterConfig
+from loramix.routers.base import RouterConfig, SettledBy
 
 Scope = Literal["module", "block", "layer", "model"]
 StageData = Literal["each domain alone", "all domains", "a few examples", "none"]
@@ -39,6 +39,11 @@ class Stage:
     """Auxiliary losses by name with their weights; `training.losses` overrides the weights."""
     search: FewShotSearch | None = None
     """Instead of gradients, for a stage on a few examples."""
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether the stage trains something by gradient steps."""
+        return bool(self.trains) and self.search is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,11 @@ class Method:
     def losses(self) -> dict[str, float]:
         """All auxiliary losses of all stages with their weights, in order of first use."""
         return {name: weight for stage in self.stages for name, weight in stage.losses.items()}
+
+    @property
+    def settled_by(self) -> SettledBy:
+        """What a routing follows from beside the tokens at hand; "nothing" where nothing is routed."""
+        return self.router.settled_by if self.router is not None else "nothing"
 
     @property
     def possible_losses(self) -> set[str]:

@@ -5,17 +5,14 @@
 As MoE-LoRA without the first stage.
 """
 
-from loramix.methods.base import Method, Stage
-from loramix.routers.topk import TopKRouterConfig
+from dataclasses import replace
 
-MOE_LORA_NAIVE = Method(
+from loramix.methods.moe_lora import MOE_LORA
+
+MOE_LORA_NAIVE = replace(
+    MOE_LORA,
     name="moe-lora-naive",
     title="MoE-LoRA (naive)",
-    paper="https://arxiv.org/abs/2403.03432",
     summary="MoE-LoRA with experts that start at random",
-    equation="y = W0 x + s sum_k g_k B_k A_k x,  g = top-k softmax(W x)",
-    expert_count="one per domain",
-    router=TopKRouterConfig(),
-    scope="module",
-    stages=(Stage(name="joint", trains=("experts", "routers"), data="all domains", losses={"load_balance": 0.0}),),
+    stages=MOE_LORA.stages[1:],
 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loramix.routers.base import SettledBy, Site, new_weight, top_k_problems
+from loramix.routers.base import SettledBy, Site, new_weight, token_logits, top_k_problems
 from loramix.routing import Call, Level, Routing
 
 
@@ -71,7 +71,7 @@ class CapacityRouter(nn.Module):
     def forward(self, x_BTI: Tensor, call: Call, scope: str, outputs: Callable[[], Tensor]) -> Routing:
         """Returns the routing of each token; a dropped choice has weight 0."""
         config = self.config
-        logits_NE = F.linear(x_BTI.reshape(-1, x_BTI.shape[-1]).float(), self.w_EI.float())
+        logits_NE = token_logits(x_BTI, self.w_EI)
         gates_NE = F.dropout(logits_NE.softmax(dim=1), config.gate_dropout, self.training)
         weights_NK, ids_NK = gates_NE.topk(config.top_k, dim=1)
         if config.renormalised:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from loramix.routers.base import SettledBy, Site, top_k_problems
+from loramix.routers.base import SettledBy, Site, token_logits, top_k_problems
 from loramix.routing import Call, Level, Routing
 
 
@@ -57,8 +56,7 @@ class PrototypeRouter(nn.Module):
 
     def forward(self, x_BTI: Tensor, call: Call, scope: str, outputs: Callable[[], Tensor]) -> Routing:
         """Returns the routing of each token."""
-        x_NI = x_BTI.reshape(-1, x_BTI.shape[-1]).float()
-        logits_NE = F.linear(x_NI, self.prototypes_EI.float()).abs() / self.config.temperature
+        logits_NE = token_logits(x_BTI, self.prototypes_EI).abs() / self.config.temperature
         chosen_NK, ids_NK = logits_NE.topk(self.config.top_k, dim=1)
         probabilities_NE = logits_NE.softmax(dim=1)
         weights_NK = chosen_NK.softmax(dim=1)

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from loramix.routers.base import SettledBy, Site, new_weight
+from loramix.routers.base import SettledBy, Site, new_weight, token_logits
 from loramix.routing import Call, Level, Routing
 
 
@@ -49,6 +48,6 @@ class SoftRouter(nn.Module):
 
     def forward(self, x_BTI: Tensor, call: Call, scope: str, outputs: Callable[[], Tensor]) -> Routing:
         """Returns the routing of each token: all experts."""
-        logits_NE = F.linear(x_BTI.reshape(-1, x_BTI.shape[-1]).float(), self.w_EI.float())
+        logits_NE = token_logits(x_BTI, self.w_EI)
         weights_NE = logits_NE.softmax(dim=1)
         return Routing(None, weights_NE, logits_NE, "token", call.mask_BT.flatten(), weights_NE)

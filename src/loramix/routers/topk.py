@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from loramix.routers.base import SettledBy, Site, new_weight, top_k_problems
+from loramix.routers.base import SettledBy, Site, new_weight, token_logits, top_k_problems
 from loramix.routing import Call, Level, Routing
 
 WEIGHTINGS = ("renormalised", "probability", "one")
@@ -68,10 +67,10 @@ class TopKRouter(nn.Module):
 
     def forward(self, x_BTI: Tensor, call: Call, scope: str, outputs: Callable[[], Tensor]) -> Routing:
         """Returns the routing of each token."""
-        x_NI = x_BTI.reshape(-1, x_BTI.shape[-1]).float()
         if self.training and self.config.jitter > 0:
-            x_NI = x_NI * torch.empty_like(x_NI).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
-        logits_NE = F.linear(x_NI, self.w_EI.float())
+            x_BTI = x_BTI.float()
+            x_BTI = x_BTI * torch.empty_like(x_BTI).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
+        logits_NE = token_logits(x_BTI, self.w_EI)
         probabilities_NE = logits_NE.softmax(dim=1)
         weights_NK, ids_NK = probabilities_NE.topk(self.config.top_k, dim=1)
         if self.config.weighting == "renormalised":

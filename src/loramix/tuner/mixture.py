@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loramix.errors import ConfigError
+from loramix.methods import method_named
 from loramix.routers import SettledBy
 from loramix.tuner.config import LoramixConfig
 from loramix.tuner.layer import LoramixLinear
@@ -35,9 +36,7 @@ class Mixture:
 
     @property
     def settled_by(self) -> SettledBy:
-        """What a routing follows from beside the tokens at hand; "nothing" where nothing is routed."""
-        router = self.config.router_config()
-        return router.settled_by if router is not None else "nothing"
+        return method_named(self.config.method).settled_by
 
     @property
     def reads_base(self) -> bool:
