@@ -38,15 +38,15 @@ def taught_accuracy(prepared: Any, model: Any) -> float:
 def measure(prepared: Any, experts: Any, reads: str, pooling: str) -> dict[str, Any]:
     """Trains stage 2 one way and measures it."""
     from loramix.building import train_method
-    from loramix.evaluation.evaluate import measure_routed
+    from loramix.evaluation.evaluate import measure_routed, rows_of
 
     adapter = prepared.experiment.adapter.model_copy(update={"router": {"reads": reads, "pooling": pooling}})
     prepared.experiment = prepared.experiment.model_copy(update={"adapter": adapter})
     model, _ = train_method(prepared, experts)
-    result = measure_routed(model, prepared.held, pad_token_id=prepared.pad, name="moa")
+    result = measure_routed(model, prepared.held, pad_token_id=prepared.pad)
     row: dict[str, Any] = {"reads": reads, "pooling": pooling, **result.routers.overall}
     for decision in ("oracle", "last", "vote", "per_layer"):
-        rows = result.by_decision[decision]
+        rows = rows_of(decision, result.by_decision[decision])
         row[f"perplexity_{decision}"] = sum(r.perplexity for r in rows) / len(rows)
     if reads == "experts":
         row["last_while_label_active"] = taught_accuracy(prepared, model)

@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     {"errors", "labels"},
     {"routing", "run_folder", "cache", "environment"},
-    {"losses", "wheels"},
+    {"losses", "wheels", "reports"},
     {"data", "routers", "experts"},
     {"methods", "models"},
     {"tuner"},
@@ -27,7 +27,7 @@ FLOORS = [
     {"preparation"},
     {"opening", "budget"},
     {"building"},
-    {"pipeline"},
+    {"pipeline", "comparison"},
     {"cli"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}

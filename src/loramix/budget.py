@@ -53,12 +53,15 @@ def longer(prepared: Prepared, domain: str) -> TrainingSettings:
     and the same number of updates. With whole batches it would get as many examples but a fraction of the updates, and
     a gain of the mixture could be no more than that.
     """
-    second = joint_settings(prepared)
+    return longer_settings(joint_settings(prepared), joint_steps(prepared), prepared.shares()[domain])
+
+
+def longer_settings(second: TrainingSettings, steps_of_second: int, share: float) -> TrainingSettings:
+    """Returns the settings of `longer` from those of stage 2, its steps, and the domain's share of its rows."""
     rows = second.per_device_train_batch_size * second.gradient_accumulation_steps
-    share = max(1, round(rows * prepared.shares()[domain]))
     return replace(
         second,
-        max_steps=joint_steps(prepared),
-        per_device_train_batch_size=share,
+        max_steps=steps_of_second,
+        per_device_train_batch_size=max(1, round(rows * share)),
         gradient_accumulation_steps=1,
     )

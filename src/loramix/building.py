@@ -69,12 +69,15 @@ def train_on(
     )
 
 
-def train_method(prepared: Prepared, experts: dict[str, Expert]) -> tuple[Any, dict[str, Any]]:
+def train_method(
+    prepared: Prepared, experts: dict[str, Expert], domains: Sequence[str] | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Returns the experiment's method after its last stage, and what the stage saw.
 
     Args:
         prepared: data and base; the base is taken over by the model.
         experts: what stage 1 trained, for methods that start from it.
+        domains: what the stage learns; all domains by default.
     """
     method = method_named(prepared.experiment.method)
     stage = method.stages[-1]
@@ -88,7 +91,7 @@ def train_method(prepared: Prepared, experts: dict[str, Expert]) -> tuple[Any, d
     settings = joint_settings(prepared)
     losses = {**method.losses, **settings.losses}
     title = f"{method.name}: {' and '.join(stage.trains)}"
-    return model, train_on(prepared, model, title, prepared.domains, settings, losses)
+    return model, train_on(prepared, model, title, domains or prepared.domains, settings, losses)
 
 
 def _search(prepared: Prepared, model: Any, method: Method) -> dict[str, Any]:

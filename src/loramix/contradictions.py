@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from loramix.adapter_settings import adapter_config
 from loramix.data.domains import name_problem
-from loramix.errors import LoramixError
+from loramix.errors import LoramixError, did_you_mean
 from loramix.experts import allocation_problem, experts_per_layer
 from loramix.losses import AUXILIARY
 from loramix.methods import method_named
@@ -106,6 +108,11 @@ def _data_contradictions(experiment: Experiment) -> list[str]:
     found = []
     data = experiment.data
     found += [f"data.domains: {wrong}" for domain in data.domains if (wrong := name_problem(domain))]
+    found += [f"data.unseen: {wrong}" for domain in data.unseen if (wrong := name_problem(domain))]
+    found += [f"data.unseen: {d} is a domain too. Give it another name." for d in data.unseen if d in data.domains]
+    for name in ("max_train_examples", "max_test_examples"):
+        known = None if data.path is not None else {*data.domains, *data.unseen}
+        found += _limit_problems(name, getattr(data, name), known)
     if not data.domains and data.path is None:
         found.append("data.domains: missing. Name at least one domain and its file, or data.path.")
     if data.path is None:
@@ -123,3 +130,15 @@ def _data_contradictions(experiment: Experiment) -> list[str]:
     if data.kinds is not None and data.domains and set(data.kinds) != set(data.domains):
         found.append(f"data.kinds names {sorted(data.kinds)}, expected the domains {sorted(data.domains)}.")
     return found
+
+
+def _limit_problems(name: str, most: Any, known: set[str] | None) -> list[str]:
+    """Returns what is wrong with a limit of examples, one for all domains or one by domain (of those known, if so)."""
+    by_domain = most if isinstance(most, dict) else {} if most is None else {"": most}
+    found = [
+        f"data.{name}{f'.{domain}' * bool(domain)} = {number}: expected at least 1."
+        for domain, number in by_domain.items()
+        if number < 1
+    ]
+    unknown = [] if known is None else sorted(set(by_domain) - known - {""})
+    return found + [f"data.{name}.{d}: no such domain.{did_you_mean(d, known or ())}" for d in unknown]

@@ -64,6 +64,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         ConfigError: with all problems: unreadable file, unknown keys with the nearest known, impossible values,
             contradictions.
     """
+    return build(read_yaml(path), overrides, where=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Returns the keys and values of a YAML file.
+
+    Raises:
+        ConfigError: unreadable, not YAML, or no mapping.
+    """
     where = Path(path)
     try:
         content = yaml.safe_load(where.read_text(encoding="utf-8"))
@@ -73,13 +82,36 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         raise ConfigError(f"{where}: is not YAML. {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: holds {type(content).__name__}, expected keys and values.")
-    return build(content, overrides, where=str(where))
+    return content
 
 
 def build(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "the settings") -> Loaded:
     """Returns the experiment of a mapping with `key=value` overrides; raises as `load` does."""
     problems = Problems(where)
     echoes: list[str] = []
+    settled = settle(content, overrides, problems, echoes)
+    experiment = _validated(settled, problems)
+    if experiment is not None:
+        for problem in contradictions(experiment):
+            problems.add(problem)
+    elif isinstance(settled.get("method"), str) and settled["method"] not in METHODS:
+        problems.add(f"method = {settled['method']!r}: no such method.{did_you_mean(settled['method'], METHODS)}")
+    problems.raise_as(ConfigError)
+    assert experiment is not None
+    return Loaded(experiment, tuple(echoes))
+
+
+def settle(
+    content: Mapping[str, Any], overrides: Sequence[str], problems: Problems, echoes: list[str]
+) -> dict[str, Any]:
+    """Returns a mapping in which every key has its section, the overrides over the rest; nothing is validated yet.
+
+    Args:
+        content: keys with their section, alone, dotted, or under another tool's name.
+        overrides: `key=value` texts; values are YAML.
+        problems: collects overrides that cannot be read.
+        echoes: collects what was read under another name.
+    """
     settled: dict[str, Any] = {}
     for key, value in content.items():
         _place(settled, str(key), value, echoes)
@@ -92,20 +124,15 @@ def build(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: s
             _place(settled, key.removeprefix("--"), yaml.safe_load(text), echoes)
         except yaml.YAMLError:
             problems.add(f"{override!r}: the value is not YAML. Put it in quotes.")
-    experiment = _validated(settled, problems)
-    if experiment is not None:
-        for problem in contradictions(experiment):
-            problems.add(problem)
-    elif isinstance(settled.get("method"), str) and settled["method"] not in METHODS:
-        problems.add(f"method = {settled['method']!r}: no such method.{did_you_mean(settled['method'], METHODS)}")
-    problems.raise_as(ConfigError)
-    assert experiment is not None
-    return Loaded(experiment, tuple(echoes))
+    return settled
 
 
 def _place(settled: dict[str, Any], key: str, value: Any, echoes: list[str]) -> None:
     """Puts a value where its key belongs: by alias, by its bare name, or by the dotted path it is."""
     key = key.replace("-", "_")
+    if key == "data" and isinstance(value, str):
+        echoes.append(f"read data = {value} as data.root")
+        key = "data.root"
     target = ALIASES.get(key)
     if target is None and "." not in key and key not in Experiment.model_fields:
         homes = [section for section, names in _SECTIONS.items() if key in names]

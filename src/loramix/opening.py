@@ -27,14 +27,14 @@ def check_trained(run: RunFolder, method: Method) -> None:
         raise ModelError(f"{run.path}: the run has no trained model (model/ is missing). Train it to the end first.")
 
 
-def load_adapter(base: Any, folder: Path) -> PeftModel:
-    """Returns the base with the adapter of a folder on it, ready to answer.
+def load_adapter(base: Any, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+    """Returns the base with the adapter of a folder on it, ready to answer, or to be trained on.
 
     Raises:
         ModelError: the adapter is missing or damaged.
     """
     try:
-        return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER).eval()
+        return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=is_trainable).eval()
     except LoramixError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,10 @@ class Results:
             content["router_accuracy_by_layer"] = routers.by_layer
             content["router_confusion"] = routers.confusion
             content["router_prompts"] = routers.prompts
+            content["router_calibration"] = asdict(routers.calibration)
             content["perplexity_by_decision"] = {
-                decision: {row.domain: row.perplexity for row in rows}
-                for decision, rows in self.routed.by_decision.items()
+                decision: {row.domain: row.perplexity for row in rows_of(decision, scores)}
+                for decision, scores in self.routed.by_decision.items()
             }
         content["examples"] = self.examples
         content["stages"] = self.stages
@@ -145,15 +146,14 @@ def measure(prepared: Prepared, model: Any, results: Results) -> None:
         scores = score_domains(model, prepared.held, pad_token_id=prepared.pad, experts=experts)
         results.rows += rows_of(name, scores)
         return
-    routed = measure_routed(model, prepared.held, pad_token_id=prepared.pad, name=name)
+    routed = measure_routed(model, prepared.held, pad_token_id=prepared.pad)
     decision = model.peft_config[ADAPTER].decision
     if decision not in routed.by_decision and decision != "pinned":
-        routed.by_decision[decision] = rows_of(
-            decision, score_domains(model, prepared.held, pad_token_id=prepared.pad, decision=decision)
-        )
+        scores = score_domains(model, prepared.held, pad_token_id=prepared.pad, decision=decision)
+        routed.by_decision[decision] = scores
     named = [("oracle", "oracle")] + ([("routed", decision)] if decision != "pinned" else [])
     for label, which in named:
-        results.rows += [replace(row, model=f"{name}_{label}") for row in routed.by_decision[which]]
+        results.rows += rows_of(f"{name}_{label}", routed.by_decision[which])
     results.routed = routed
 
 

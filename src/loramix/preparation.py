@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,40 @@ from rich.console import Console
 
 from loramix.adapter_settings import adapter_config
 from loramix.data.collation import Example
-from loramix.data.domains import Cut, encode_domain, read_domains
+from loramix.data.domains import Cut, encode_domain, read_domains, read_unseen
 from loramix.data.mixing import domain_shares
 from loramix.environment import environment
-from loramix.errors import DataError, Problems
+from loramix.errors import ConfigError, DataError, Problems
 from loramix.experiment import as_yaml
 from loramix.methods import method_named
 from loramix.models import load_base, load_skeleton, load_tokenizer
 from loramix.run_folder import RunFolder, write_json
-from loramix.settings import Experiment
+from loramix.settings import DataSettings, Experiment
 from loramix.tuner import check_fit
+
+UNSEEN = -1
+"""Domain id of examples whose domain has no expert."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """All examples of an experiment.
+
+    Attributes:
+        train, held: examples to learn and to measure, by domain, in the order of `domain_ids`.
+        unseen: examples of domains that are measured and never learned.
+        counts: rows, tokens and cuts by domain and split, for data.json.
+    """
+
+    train: dict[str, list[Example]]
+    held: dict[str, list[Example]]
+    unseen: dict[str, list[Example]]
+    counts: dict[str, Any]
+
+    def shares(self, data: DataSettings) -> dict[str, float]:
+        """Returns each domain's share of a mixture."""
+        sizes = {domain: len(examples) for domain, examples in self.train.items()}
+        return domain_shares(sizes, data.mixing, temperature=data.mixing_temperature, weights=data.mixing_weights)
 
 
 @dataclass
@@ -30,7 +54,7 @@ class Prepared:
     Attributes:
         experiment, run: settings and folder.
         base, tokenizer: the frozen model.
-        train, held: examples by domain, in the order of `domain_ids`.
+        data: all examples.
         console: where progress is shown.
     """
 
@@ -38,22 +62,28 @@ class Prepared:
     run: RunFolder
     base: Any
     tokenizer: Any
-    train: dict[str, list[Example]]
-    held: dict[str, list[Example]]
+    data: Encoded
     console: Console
 
     @property
+    def train(self) -> dict[str, list[Example]]:
+        return self.data.train
+
+    @property
+    def held(self) -> dict[str, list[Example]]:
+        return self.data.held
+
+    @property
     def domains(self) -> list[str]:
-        return list(self.train)
+        return list(self.data.train)
 
     @property
     def pad(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
     def shares(self) -> dict[str, float]:
-        data = self.experiment.data
-        sizes = {domain: len(examples) for domain, examples in self.train.items()}
-        return domain_shares(sizes, data.mixing, temperature=data.mixing_temperature, weights=data.mixing_weights)
+        """Returns each domain's share of the mixture."""
+        return self.data.shares(self.experiment.data)
 
     def kinds(self) -> list[int]:
         """Returns the kind of each domain, 0 or 1: as set, else the first half 0 and the second half 1."""
@@ -73,53 +103,99 @@ def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Pr
     Raises:
         DataError, ModelError, ConfigError: what is wrong, all at once for the data.
     """
-    data = experiment.data
-    splits = read_domains(
-        {domain: source or "" for domain, source in data.domains.items()},
-        labelled=data.path,
-        domain_column=data.domain_column,
-        test_fraction=data.test_fraction,
-        max_train_examples=data.max_train_examples,
-        max_test_examples=data.max_test_examples,
-        seed=experiment.seed,
-    )
     tokenizer = load_tokenizer(experiment.model_name_or_path)
-    train: dict[str, list[Example]] = {}
-    held: dict[str, list[Example]] = {}
-    counts: dict[str, Any] = {}
-    for domain_id, (domain, split) in enumerate(splits.items()):
-        how: dict[str, Any] = {"max_length": data.max_length, "truncation": data.truncation, "loss_on": data.loss_on}
-        train[domain], cut = encode_domain(tokenizer, split.train, domain_id, **how)
-        held[domain], held_cut = encode_domain(tokenizer, split.test, domain_id, **how)
-        counts[domain] = {"train": _counts(train[domain], cut), "test": _counts(held[domain], held_cut)}
-    _check_not_empty(train, held, data.max_length)
+    data = encode_all(experiment, tokenizer)
     if method_named(experiment.method).tuner == "loramix":
-        check_fit(load_skeleton(experiment.model_name_or_path), adapter_config(experiment, list(train)))
+        check_fit(load_skeleton(experiment.model_name_or_path), adapter_config(experiment, list(data.train)))
     base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
     run = RunFolder(Path(experiment.output_dir))
     if new:
         run.create()
         run.config.write_text(as_yaml(_anchored(experiment)), encoding="utf-8")
         write_json(run.environment, environment())
-        write_json(run.data, counts)
-    _report_cuts(counts, console)
-    return Prepared(experiment, run, base, tokenizer, train, held, console)
+        write_json(run.data, data.counts)
+    _report_cuts(data.counts, console)
+    return Prepared(experiment, run, base, tokenizer, data, console)
+
+
+def encode_all(experiment: Experiment, tokenizer: Any) -> Encoded:
+    """Returns the experiment's data, read, split and encoded.
+
+    Raises:
+        DataError: what is wrong with all files, at once.
+    """
+    data = experiment.data
+    seed = experiment.seed if data.seed is None else data.seed
+    splits = read_domains(
+        {domain: source or "" for domain, source in rooted(data.domains, data.root).items()},
+        labelled=None if data.path is None else rooted(data.path, data.root),
+        domain_column=data.domain_column,
+        test_fraction=data.test_fraction,
+        max_train_examples=data.max_train_examples,
+        max_test_examples=data.max_test_examples,
+        seed=seed,
+    )
+    unseen = read_unseen(rooted(data.unseen, data.root), max_test_examples=data.max_test_examples, seed=seed)
+    train: dict[str, list[Example]] = {}
+    held: dict[str, list[Example]] = {}
+    counts: dict[str, Any] = {}
+    how: dict[str, Any] = {"max_length": data.max_length, "truncation": data.truncation, "loss_on": data.loss_on}
+    for domain_id, (domain, split) in enumerate(splits.items()):
+        train[domain], cut = encode_domain(tokenizer, split.train, domain_id, **how)
+        held[domain], held_cut = encode_domain(tokenizer, split.test, domain_id, **how)
+        counts[domain] = {"train": _counts(train[domain], cut), "test": _counts(held[domain], held_cut)}
+    never: dict[str, list[Example]] = {}
+    for domain, records in unseen.items():
+        never[domain], cut = encode_domain(tokenizer, records, UNSEEN, **how)
+        counts[domain] = {"test": _counts(never[domain], cut)}
+    _check_not_empty(train, {**held, **never}, data.max_length)
+    return Encoded(train, held, never, counts)
 
 
 def _anchored(experiment: Experiment) -> Experiment:
     """Returns the experiment with local paths made absolute, so that the run can be opened from anywhere."""
 
-    def anchored(name: str | None) -> str | None:
-        return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
-
     data = experiment.data
-    domains = {domain: anchored(source) for domain, source in data.domains.items()}
+    found = {
+        name: _every_name(rooted(getattr(data, name), data.root), _absolute) for name in ("domains", "unseen", "path")
+    }
     return experiment.model_copy(
         update={
-            "model_name_or_path": anchored(experiment.model_name_or_path),
-            "data": data.model_copy(update={"domains": domains, "path": anchored(data.path)}),
+            "model_name_or_path": _absolute(experiment.model_name_or_path),
+            "data": data.model_copy(update={**found, "root": None}),
         }
     )
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
+
+
+def rooted(sources: Any, root: str | None) -> Any:
+    """Returns sources with what lies below the root folder named from there; Hub names and other paths as they are.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if root is None:
+        return sources
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"data.root = {root!r}: no such folder. Name the folder that the domains' files lie in.")
+
+    def below(name: str) -> str:
+        return str(folder / name) if (folder / name).exists() else name
+
+    return _every_name(sources, below)
+
+
+def _every_name(source: Any, changed: Callable[[str], str]) -> Any:
+    """Returns a source, or a mapping or list of them, with every name changed."""
+    if isinstance(source, str):
+        return changed(source)
+    if isinstance(source, Mapping):
+        return {key: _every_name(value, changed) for key, value in source.items()}
+    return [_every_name(value, changed) for value in source] if isinstance(source, list) else source
 
 
 def _counts(examples: Sequence[Example], cut: Cut) -> dict[str, int]:
@@ -145,6 +221,9 @@ def _check_not_empty(train: dict[str, list[Example]], held: dict[str, list[Examp
 
 def _report_cuts(counts: dict[str, Any], console: Console) -> None:
     for domain, splits in counts.items():
+        if "train" not in splits:
+            console.print(f"{domain}: {splits['test']['examples']} to test on, none to train on", highlight=False)
+            continue
         train = splits["train"]
         line = f"{domain}: {train['examples']} to train on, {splits['test']['examples']} to test on"
         cuts = [

@@ -13,6 +13,9 @@ from loramix.training.settings import TrainingSettings
 BUILTIN = "smollm2-135m-instruct"
 
 
+Source = str | list[str] | dict[Literal["train", "validation", "test"], str | list[str]]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -20,15 +23,23 @@ class _Section(BaseModel):
 class DataSettings(_Section):
     """Which examples are learned and measured."""
 
-    domains: dict[str, str | None] = Field(default_factory=dict)
-    """Domain -> file, folder with train and test files, or Hub name. With `path`: the labels allowed (values empty)."""
+    domains: dict[str, Source | None] = Field(default_factory=dict)
+    """Domain -> file, folder with train and test files, or Hub name; a list of files; or train and test, each with one
+    or several. With `path`: the labels allowed (values empty)."""
+    root: str | None = None
+    """Folder that the paths of `domains`, `unseen` and `path` are relative to; by default where loramix is started."""
     path: str | None = None
     """One source whose rows carry their own label, instead of one source for each domain."""
     domain_column: str | None = None
     """Its column with the label; by default domain, task, channel or task_id."""
     test_fraction: float = Field(0.1, gt=0, lt=1)
-    max_train_examples: int | None = Field(default=None, ge=1)
-    max_test_examples: int | None = Field(default=None, ge=1)
+    max_train_examples: int | dict[str, int] | None = None
+    """For every domain, or by domain: the ratio of data between tasks."""
+    max_test_examples: int | dict[str, int] | None = None
+    unseen: dict[str, Source] = Field(default_factory=dict)
+    """Domains that are measured and never learned."""
+    seed: int | None = None
+    """Which rows are held out and chosen; by default the run's seed."""
     max_length: int = Field(512, ge=8)
     truncation: Literal["error", "drop", "left", "right"] = "right"
     loss_on: Literal["response", "all"] = "response"

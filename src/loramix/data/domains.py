@@ -12,11 +12,15 @@ from jinja2 import TemplateError
 
 from loramix.data.collation import Example
 from loramix.data.prompts import Encoded, encode
-from loramix.data.reading import read_source
+from loramix.data.reading import SPLITS, read_source
 from loramix.data.records import Record
 from loramix.errors import DataError, Problems
 
 Truncation = Literal["error", "drop", "left", "right"]
+Source = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+"""A file, folder or Hub name; several of them; or split (train, validation, test) -> one or several."""
+Most = int | Mapping[str, int] | None
+"""The same number for every domain, one by domain (others unlimited), or no limit."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,13 @@ class Cut:
 
 
 def read_domains(
-    sources: Mapping[str, str],
+    sources: Mapping[str, Source],
     *,
     labelled: str | None = None,
     domain_column: str | None = None,
     test_fraction: float = 0.1,
-    max_train_examples: int | None = None,
-    max_test_examples: int | None = None,
+    max_train_examples: Most = None,
+    max_test_examples: Most = None,
     seed: int = 0,
 ) -> dict[str, Split]:
     """Returns the splits of all domains, in the order of the config.
@@ -51,12 +55,12 @@ def read_domains(
     A folder with a test (or validation) file is used as it is; of a single file a part is held out, chosen by the seed.
 
     Args:
-        sources: domain -> file, folder or Hub name; or, with `labelled`, the allowed domains (values unused; empty:
-            whatever labels occur, sorted).
+        sources: domain -> file, folder or Hub name, several files, or a mapping of splits to such; or, with
+            `labelled`, the allowed domains (values unused; empty: whatever labels occur, sorted).
         labelled: one source whose rows carry their own label.
         domain_column: the column with the label; None looks for domain, task, channel or task_id.
         test_fraction: part held out where there is no test file.
-        max_train_examples, max_test_examples: for each domain, chosen by the seed.
+        max_train_examples, max_test_examples: for each domain, chosen by the seed; one number, or one by domain.
         seed: of the choices.
 
     Raises:
@@ -70,7 +74,8 @@ def read_domains(
     splits = {}
     for domain, (train, test) in found.items():
         if not train:
-            if not any(repr(domain) in message or str(sources.get(domain)) in message for message in problems.messages):
+            names = [repr(domain), *(name for split in SPLITS for name in _files(sources.get(domain, ""), split))]
+            if not any(name and name in message for message in problems.messages for name in names):
                 problems.add(f"domain {domain!r} has no rows for training. Add rows, or take the domain out.")
             continue
         shuffled = list(train)
@@ -81,17 +86,73 @@ def read_domains(
             held, shuffled = shuffled[:count], shuffled[count:]
             if not shuffled and not problems:
                 problems.add(f"domain {domain!r} has one row; it needs at least two, one to train and one to test.")
-        splits[domain] = Split(shuffled[:max_train_examples], held[:max_test_examples])
+        splits[domain] = Split(shuffled[: _most(max_train_examples, domain)], held[: _most(max_test_examples, domain)])
     problems.raise_as(DataError)
     return splits
 
 
-def _train_and_test(source: str, domain: str, problems: Problems) -> tuple[list[Record] | None, list[Record] | None]:
-    train = read_source(source, "train", problems, domain=domain)
+def read_unseen(
+    sources: Mapping[str, Source], *, max_test_examples: Most = None, seed: int = 0
+) -> dict[str, list[Record]]:
+    """Returns the records of domains that are measured and never learned: their test (or validation) files, or all rows
+    of a single file.
+
+    Args:
+        sources: domain -> source, as for `read_domains`.
+        max_test_examples: for each domain, chosen by the seed.
+        seed: of the choices.
+
+    Raises:
+        DataError: all that is wrong with all files together.
+    """
+    problems = Problems("the unseen data")
+    found = {}
+    for domain, source in sources.items():
+        parts = (_read(source, split, domain, problems) for split in ("test", "validation", "train"))
+        records = next((part for part in parts if part is not None), None)
+        if not records:
+            if not problems:
+                problems.add(f"unseen domain {domain!r} has no rows. Add rows, or take the domain out.")
+            continue
+        random.Random(f"{seed} {domain}").shuffle(records)
+        found[domain] = records[: _most(max_test_examples, domain)]
+    problems.raise_as(DataError)
+    return found
+
+
+def _most(most: Most, domain: str) -> int | None:
+    """Returns how many examples of a domain are taken at most."""
+    return most.get(domain) if isinstance(most, Mapping) else most
+
+
+def _train_and_test(source: Source, domain: str, problems: Problems) -> tuple[list[Record] | None, list[Record] | None]:
+    train = _read(source, "train", domain, problems)
     if train is None:
         return None, None  # do not ask the Hub again for a source that is not there
-    test = read_source(source, "test", problems, domain=domain)
-    return train, test if test is not None else read_source(source, "validation", problems, domain=domain)
+    test = _read(source, "test", domain, problems)
+    return train, test if test is not None else _read(source, "validation", domain, problems)
+
+
+def _files(source: Source, split: str) -> list[str]:
+    """Returns the names to read for a split; several names without splits hold one table in parts."""
+    if isinstance(source, Mapping):
+        named = source.get(split, [])
+        return [named] if isinstance(named, str) else list(named)
+    if isinstance(source, str):
+        return [source]
+    return list(source) if split == "train" else []
+
+
+def _read(source: Source, split: str, domain: str, problems: Problems) -> list[Record] | None:
+    """Returns the records of one split; None where there is no such split."""
+    named = _files(source, split)
+    if isinstance(source, str):
+        return read_source(source, split, problems, domain=domain)
+    if not named:
+        return None
+    # A file named for a split is that split, whatever it is called: it is read as a plain table.
+    read = [read_source(name, "train", problems, domain=domain) for name in named]
+    return [record for part in read for record in part or []]
 
 
 def name_problem(name: str) -> str | None:

@@ -1,7 +1,8 @@
 """Recognises the shape of a row by its keys and turns it into a Record.
 
 Accepted: messages (OpenAI), conversations (sharegpt), instruction/input/output (alpaca), prompt/completion and their
-aliases, text + label. A row that fits none is refused with the keys it has and the keys that are known.
+aliases, text + label, questions with options (choices.py), and rows of some public data sets (layouts.py). A row that
+fits none is refused with the keys it has and the keys that are known.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from loramix.data.choices import is_choice, read_choice
+from loramix.data.layouts import rows_of
 from loramix.data.records import Message, Record
+from loramix.data.row_error import RowError
 
 DOMAIN_COLUMNS = ("domain", "task", "channel", "task_id")
 PROMPTS = ("prompt", "query", "question", "input", "instruction", "problem")
@@ -28,10 +32,6 @@ SHAREGPT_ROLES = {
 ROLES = ("system", "user", "assistant", "tool")
 
 Row = Mapping[str, Any]
-
-
-class RowError(ValueError):
-    """What is wrong with one row; the reader adds file and line."""
 
 
 def _text(row: Row, key: str) -> str:
@@ -136,6 +136,14 @@ def _reader(row: Row) -> Callable[[Row], tuple[Message, ...]] | None:
     return None
 
 
+def to_records(row: Any, source: str, domain: str | None, domain_column: str | None) -> list[Record]:
+    """Returns the records of one row, mostly one; arguments and errors as of `to_record`."""
+    rows = rows_of(row)
+    if len(rows) == 1:
+        return [to_record(rows[0], source, domain, domain_column)]
+    return [to_record(one, f"{source} ({number})", domain, domain_column) for number, one in enumerate(rows, 1)]
+
+
 def to_record(row: Any, source: str, domain: str | None, domain_column: str | None) -> Record:
     """Returns the Record of one row.
 
@@ -150,15 +158,20 @@ def to_record(row: Any, source: str, domain: str | None, domain_column: str | No
     """
     if not isinstance(row, Mapping):
         raise RowError(f"is {type(row).__name__}, expected an object with named fields.")
+    label = domain if domain is not None else _label(row, domain_column)
+    if is_choice(row):
+        prompt, letter, choices = read_choice(row)
+        return Record((Message("user", prompt), Message("assistant", letter)), label, source, choices=choices)
     read = _reader(row)
     if read is None:
         raise RowError(
             f"has the fields {', '.join(sorted(map(str, row))) or 'none'}. Expected messages, conversations, "
-            "instruction + output, prompt + completion (or question + answer, ...), or text + label."
+            "instruction + output, prompt + completion (or question + answer, ...), text + label, or question + "
+            "choices + answer."
         )
     return Record(
         messages=read(row),
-        domain=domain if domain is not None else _label(row, domain_column),
+        domain=label,
         source=source,
         tools=_tools(row.get("tools")),
     )

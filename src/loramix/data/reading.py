@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from loramix.data.formats import RowError, to_record
+from loramix.data.formats import to_records
 from loramix.data.records import Record
+from loramix.data.row_error import FileError, Numbered, RowError
+from loramix.data.tables import separated
 from loramix.errors import DataError, Problems
 
 SPLITS = {
@@ -17,17 +17,6 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "eval"),
 }
-Numbered = Iterator[tuple[str, Any]]
-"""(place such as "line 3", row)"""
-
-
-class FileError(ValueError):
-    """A place in a file that cannot be read, and why."""
-
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(f"{place}: {reason}")
-        self.place = place
-        self.reason = reason
 
 
 def _jsonl(path: Path) -> Numbered:
@@ -56,36 +45,19 @@ def _json(path: Path) -> Numbered:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1:  # JSON lines under the wrong ending
+            yield from _jsonl(path)
+            return
         raise FileError(str(error.lineno), f"is not JSON: {error.msg}. Expected a list of objects.") from error
     except UnicodeDecodeError as error:
         raise FileError("1", f"is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
-    rows = content.get("data") if isinstance(content, dict) else content
+    rows = (
+        next((content[k] for k in ("data", "example") if k in content), None) if isinstance(content, dict) else content
+    )
     if not isinstance(rows, list):
         raise FileError("1", 'holds no list. Expected a list of objects, or {"data": [...]}.')
     for number, row in enumerate(rows, 1):
         yield f"item {number}", row
-
-
-def _separated(delimiter: str) -> Callable[[Path], Numbered]:
-    def read(path: Path) -> Numbered:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter=delimiter)
-            try:
-                for row in reader:
-                    place = str(reader.line_num)
-                    if None in row or None in row.values():
-                        found = sum(value is not None for value in row.values()) + len(row.get(None) or [])
-                        names = reader.fieldnames or []
-                        yield (
-                            place,
-                            FileError(place, f"has {found} fields, expected {len(names)} ({', '.join(names)})."),
-                        )
-                    else:
-                        yield place, row
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise FileError(str(reader.line_num + 1), f"cannot be read: {error}.") from error
-
-    return read
 
 
 def _parquet(path: Path) -> Numbered:
@@ -103,8 +75,8 @@ def _parquet(path: Path) -> Numbered:
 READERS: dict[str, Callable[[Path], Numbered]] = {
     ".jsonl": _jsonl,
     ".json": _json,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
+    ".csv": separated(","),
+    ".tsv": separated("\t"),
     ".parquet": _parquet,
 }
 
@@ -141,7 +113,7 @@ def read_file(path: Path, problems: Problems, *, domain: str | None, domain_colu
                 problems.add(f"{path}:{row}")
                 continue
             try:
-                records.append(to_record(row, source, domain, domain_column))
+                records += to_records(row, source, domain, domain_column)
             except RowError as error:
                 problems.add(f"{source}: {error}")
     except FileError as error:
@@ -194,7 +166,7 @@ def _from_hub(
     for number, row in enumerate(rows, 1):
         source = f"{name}[{found}]:row {number}"
         try:
-            records.append(to_record(row, source, domain, domain_column))
+            records += to_records(row, source, domain, domain_column)
         except RowError as error:
             problems.add(f"{source}: {error}")
     return records

@@ -23,12 +23,15 @@ class Record:
         domain: its label; None while the file does not say.
         source: "file.jsonl:12", for messages to the user.
         tools: tool descriptions for the chat template, as the file gives them.
+        choices: the texts of the options of a multiple-choice question, whose response is the letter of one; else
+            empty.
     """
 
     messages: tuple[Message, ...]
     domain: str | None
     source: str
     tools: tuple[dict[str, Any], ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -40,3 +43,8 @@ class Record:
     def response(self) -> str:
         """The last assistant turn, as text."""
         return next(m.content for m in reversed(self.messages) if m.role == "assistant")
+
+    @property
+    def right(self) -> int | None:
+        """The position of the right option, for a multiple-choice question."""
+        return ord(self.response) - ord("A") if self.choices else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,11 @@ def score_domains(model: nn.Module, held: Held, *, pad_token_id: int, **how: Any
         **how: for `score`.
     """
     everything = [example for examples in held.values() for example in examples]
-    return _by_domain(score(model, everything, pad_token_id=pad_token_id, **how), held)
+    return by_domain(score(model, everything, pad_token_id=pad_token_id, **how), held)
 
 
-def _by_domain(scores: Sequence[Score], held: Held) -> dict[str, list[Score]]:
+def by_domain(scores: Sequence[Score], held: Held) -> dict[str, list[Score]]:
+    """Returns the scores of all examples, dealt out to their domains again."""
     left = iter(scores)
     return {domain: [next(left) for _ in examples] for domain, examples in held.items()}
 
@@ -58,16 +59,24 @@ class RoutedResult:
     """What a routed model was measured to do.
 
     Attributes:
-        by_decision: oracle, last, vote, per_layer -> rows, one for each domain.
+        by_decision: oracle, last, vote, per_layer -> the scores of each domain's examples.
         routers: accuracies of the routers.
     """
 
-    by_decision: dict[str, list[Row]]
+    by_decision: dict[str, dict[str, list[Score]]]
     routers: RouterAccuracy
 
 
-def measure_routed(model: nn.Module, held: Held, *, pad_token_id: int, name: str, batch_size: int = 8) -> RoutedResult:
-    """Returns perplexities under oracle, last, vote and per-layer routing, and the routers' accuracy.
+def measure_routed(
+    model: nn.Module,
+    held: Held,
+    *,
+    pad_token_id: int,
+    batch_size: int = 8,
+    seen: Callable[[list[int], nn.Module], None] | None = None,
+    letters: Sequence[int] = (),
+) -> RoutedResult:
+    """Returns scores under oracle, last, vote and per-layer routing, and the routers' accuracy.
 
     One pass in which each layer follows its own router gives the per-layer score and what every router says; one pass
     with the label's expert gives the oracle. An example's score depends on its expert alone, so under "last" and "vote"
@@ -77,13 +86,19 @@ def measure_routed(model: nn.Module, held: Held, *, pad_token_id: int, name: str
         model: a PeftModel with a sequence-routed adapter.
         held: held-out examples by domain, in the order of the experts.
         pad_token_id: of the base.
-        name: model name in the rows' prefix, for example "moa".
         batch_size: examples scored together.
+        seen, letters: as for `score`; `seen` is called in the first pass.
     """
     everything = [example for examples in held.values() for example in examples]
     record = RoutingRecord(len(everything))
-    how = {"pad_token_id": pad_token_id, "batch_size": batch_size}
-    own = score(model, everything, decision="per_layer", seen=record, **how)  # type: ignore[arg-type]
+
+    def both(positions: list[int], model: nn.Module) -> None:
+        record(positions, model)
+        if seen is not None:
+            seen(positions, model)
+
+    how = {"pad_token_id": pad_token_id, "batch_size": batch_size, "letters": letters}
+    own = score(model, everything, decision="per_layer", seen=both, **how)  # type: ignore[arg-type]
     labels = [example.domain_id for example in everything]
     oracle = score(model, everything, experts=labels, **how)  # type: ignore[arg-type]
     by_decision = {"oracle": oracle, "per_layer": own}
@@ -102,6 +117,6 @@ def measure_routed(model: nn.Module, held: Held, *, pad_token_id: int, name: str
                 scores[i] = one
         by_decision[decision] = scores
     return RoutedResult(
-        by_decision={d: rows_of(f"{name}_{d}", _by_domain(scores, held)) for d, scores in by_decision.items()},
+        by_decision={decision: by_domain(scores, held) for decision, scores in by_decision.items()},
         routers=router_accuracy(record, everything, list(held)),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loramix.data.collation import Collator, Example
 from loramix.losses import next_token_nll
@@ -17,10 +17,13 @@ from loramix.models.head import head_can_choose, logits_at
 
 @dataclass(frozen=True)
 class Score:
-    """One example's negative log-likelihood in nats, summed over its supervised tokens, and their number."""
+    """One example's negative log-likelihood in nats, summed over its supervised tokens, and their number.
+
+    `letters` are the logits of given tokens where the response begins, if they were asked for."""
 
     nll: float
     tokens: int
+    letters: tuple[float, ...] = ()
 
 
 def perplexity(scores: Iterable[Score]) -> float:
@@ -46,6 +49,7 @@ def score(
     decision: str | None = None,
     batch_size: int = 8,
     seen: Callable[[list[int], nn.Module], None] | None = None,
+    letters: Sequence[int] = (),
 ) -> list[Score]:
     """Returns the score of each example, in the order given.
 
@@ -57,6 +61,7 @@ def score(
         decision: how a routed model settles the expert itself, when `experts` is None.
         batch_size: examples scored together.
         seen: called after each batch with the positions scored and the model, to read its routings.
+        letters: token ids whose logits at the last prompt token are kept, to compare the options of a question.
     """
     model.eval()
     collate = Collator(pad_token_id)
@@ -75,8 +80,21 @@ def score(
         logits_BPV = logits_at(model, wanted_P, can_choose=can_choose, **asked)
         nll_BP, supervised_BP = next_token_nll(logits_BPV, batch["labels"], wanted_P)
         sums, counts = nll_BP.double().sum(dim=1).tolist(), supervised_BP.sum(dim=1).tolist()
-        for position, nll, tokens in zip(positions, sums, counts, strict=True):
-            scores[position] = Score(nll, tokens)
+        kept = _letters(logits_BPV, [examples[i] for i in positions], wanted_P, letters)
+        for position, nll, tokens, logits in zip(positions, sums, counts, kept, strict=True):
+            scores[position] = Score(nll, tokens, logits)
         if seen is not None:
             seen(positions, model)
     return scores
+
+
+def _letters(
+    logits_BPV: Tensor, examples: Sequence[Example], positions_P: Tensor, letters: Sequence[int]
+) -> list[tuple[float, ...]]:
+    """Returns the logits of some tokens at each row's last prompt token (rows padded on the right)."""
+    if not letters:
+        return [()] * len(examples)
+    rows = [example.encoded.prompt_length - 1 for example in examples]
+    places = torch.searchsorted(positions_P.cpu(), torch.tensor(rows)).to(logits_BPV.device)
+    at_BV = logits_BPV[torch.arange(len(rows), device=logits_BPV.device), places]
+    return [tuple(row) for row in at_BV[:, list(letters)].float().tolist()]

@@ -1,0 +1,229 @@
+"""Runs cells in the order their needs allow: here, in several processes of this machine, or on a Ray cluster.
+
+A worker is a `CellRunner` that runs one cell at a time and keeps base and data between cells. All workers write below
+the same output folder, so on a cluster it must lie where every node sees it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from loramix.comparison.plan import Cell
+from loramix.comparison.runner import CellRunner
+from loramix.errors import ConfigError, LoramixError
+
+Launcher = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: nothing to say, or why it failed."""
+
+    cell: str
+    problem: str | None = None
+
+
+class Workers(Protocol):
+    """Some workers, each busy with one cell or free."""
+
+    count: int
+
+    def start(self, worker: int, cell: Cell) -> None:
+        """Gives a free worker a cell."""
+
+    def wait(self) -> tuple[int, Outcome]:
+        """Returns the next worker that is done, and what became of its cell."""
+
+    def close(self) -> None:
+        """Ends the workers."""
+
+
+def run_cells(cells: Mapping[str, Cell], done: Sequence[str], workers: Workers) -> Iterator[Outcome]:
+    """Runs all cells that are not done, each after the cells it needs, and yields what became of each.
+
+    A cell that needs a failed one fails with it; all others go on.
+
+    Args:
+        cells: by name.
+        done: names of finished cells.
+        workers: who runs them; closed at the end, however it comes.
+    """
+    finished, failed = set(done), set[str]()
+    waiting = {name: cell for name, cell in cells.items() if name not in finished}
+    free = list(range(workers.count))
+    try:
+        while waiting or len(free) < workers.count:
+            for name in [n for n, cell in waiting.items() if failed & set(cell.needs.values())]:
+                del waiting[name]
+                failed.add(name)
+                yield Outcome(name, "a cell it needs failed")
+            ready = [cell for cell in waiting.values() if finished >= set(cell.needs.values())]
+            for cell in ready[: len(free)]:
+                workers.start(free.pop(), cell)
+                del waiting[cell.name]
+            if len(free) < workers.count:
+                worker, outcome = workers.wait()
+                free.append(worker)
+                (finished if outcome.problem is None else failed).add(outcome.cell)
+                yield outcome
+    finally:
+        workers.close()
+
+
+def attempt(runner: CellRunner, cell: Cell) -> Outcome:
+    """Runs one cell; what goes wrong with it is its outcome, so that the others go on."""
+    try:
+        runner.run(cell)
+    except LoramixError as error:
+        return Outcome(cell.name, str(error))
+    except Exception as error:
+        runner.record_failure(cell, traceback.format_exc())
+        return Outcome(cell.name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    return Outcome(cell.name)
+
+
+class Here:
+    """One worker: this process."""
+
+    count = 1
+
+    def __init__(self, runner: CellRunner) -> None:
+        self.runner = runner
+        self._outcome: Outcome | None = None
+
+    def start(self, worker: int, cell: Cell) -> None:
+        self._outcome = attempt(self.runner, cell)
+
+    def wait(self) -> tuple[int, Outcome]:
+        assert self._outcome is not None
+        return 0, self._outcome
+
+    def close(self) -> None:
+        self.runner.forget()
+
+
+def _work(runner: CellRunner, threads: int, tasks: Any, outcomes: Any, number: int) -> None:
+    torch.set_num_threads(threads)
+    while (cell := tasks.get()) is not None:
+        outcomes.put((number, attempt(runner, cell)))
+
+
+class Processes:
+    """Several processes of this machine; its cores are dealt out among them."""
+
+    def __init__(self, runner: CellRunner, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.count = count
+        self._outcomes = context.Queue()
+        self._tasks = [context.Queue() for _ in range(count)]
+        threads = max(1, (os.cpu_count() or 1) // count)
+        self._running: dict[int, str] = {}
+        self._processes = [
+            context.Process(target=_work, args=(runner, threads, tasks, self._outcomes, number), daemon=True)
+            for number, tasks in enumerate(self._tasks)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def start(self, worker: int, cell: Cell) -> None:
+        self._running[worker] = cell.name
+        self._tasks[worker].put(cell)
+
+    def wait(self) -> tuple[int, Outcome]:
+        while True:
+            try:
+                worker, outcome = self._outcomes.get(timeout=2)
+            except Exception as error:
+                if type(error).__name__ != "Empty":
+                    raise
+                self._check_alive()
+                continue
+            del self._running[worker]
+            return worker, outcome
+
+    def _check_alive(self) -> None:
+        for worker, cell in self._running.items():
+            code = self._processes[worker].exitcode
+            if code is not None:
+                raise LoramixError(
+                    f"the process that ran {cell} ended (exit code {code}; -9 is mostly too little memory). Start the "
+                    "comparison again with fewer --jobs: finished cells are kept."
+                )
+
+    def close(self) -> None:
+        for tasks in self._tasks:
+            tasks.put(None)
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+
+
+class RayWorkers:
+    """Actors of a Ray cluster; a new local one if none is running.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+
+    def __init__(self, runner: CellRunner, count: int) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError('--launcher ray needs Ray: pip install "loramix[ray]".') from error
+        self._ray = ray
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            address = os.environ.get("RAY_ADDRESS")
+            local = {} if address else {"num_cpus": max(count, os.cpu_count() or 1), "include_dashboard": False}
+            ray.init(address=address, log_to_driver=False, **local)
+        self.count = count
+        gpus = 1 if torch.cuda.is_available() else 0
+        actor = ray.remote(num_cpus=1, num_gpus=gpus)(_RayWorker)
+        self._actors = [actor.remote(runner) for _ in range(count)]
+        self._running: dict[Any, tuple[int, str]] = {}
+
+    def start(self, worker: int, cell: Cell) -> None:
+        self._running[self._actors[worker].run.remote(cell)] = worker, cell.name
+
+    def wait(self) -> tuple[int, Outcome]:
+        ready, _ = self._ray.wait(list(self._running), num_returns=1)
+        worker, cell = self._running.pop(ready[0])
+        try:
+            return worker, self._ray.get(ready[0])
+        except self._ray.exceptions.RayError as error:
+            return worker, Outcome(cell, f"its Ray worker failed: {(str(error).splitlines() or [''])[0]}")
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        if self._ours:
+            self._ray.shutdown()
+
+
+class _RayWorker:
+    def __init__(self, runner: CellRunner) -> None:
+        self.runner = runner
+
+    def run(self, cell: Cell) -> Outcome:
+        return attempt(self.runner, cell)
+
+
+def workers_for(launcher: Launcher, jobs: int, runner: CellRunner) -> Workers:
+    """Returns the workers of a launcher.
+
+    Args:
+        launcher: "local" or "ray".
+        jobs: how many cells run at the same time.
+        runner: what each worker is a copy of.
+    """
+    if launcher == "ray":
+        return RayWorkers(runner, jobs)
+    return Here(runner) if jobs == 1 else Processes(runner, jobs)

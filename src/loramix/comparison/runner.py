@@ -1,0 +1,192 @@
+"""Trains and measures one cell after another, and keeps base and encoded data in between."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from loramix.budget import expert_settings
+from loramix.building import save, train_method, train_on, with_lora
+from loramix.comparison.measuring import measure_cell
+from loramix.comparison.plan import Cell, digest, digest_of_examples
+from loramix.comparison.settings import MeasureSettings
+from loramix.environment import environment
+from loramix.errors import ModelError
+from loramix.methods import method_named
+from loramix.models import load_base, load_tokenizer
+from loramix.opening import ADAPTER, load_adapter, load_trained
+from loramix.preparation import Encoded, Prepared, encode_all
+from loramix.run_folder import RunFolder, write_json
+from loramix.settings import Experiment
+from loramix.training.peak_memory import PeakMemory
+from loramix.tuner.assembly import Expert, take_expert
+
+TRAINED = "trained.json"
+
+
+@dataclass
+class CellRunner:
+    """One worker of a comparison.
+
+    Attributes:
+        cells: the folder of all cells.
+        measure: what is measured.
+    """
+
+    cells: Path
+    measure: MeasureSettings
+    _encoded: dict[str, Encoded] = field(default_factory=dict, repr=False)
+    _tokenizers: dict[str, Any] = field(default_factory=dict, repr=False)
+    _base: tuple[str, Any] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy for another process starts empty: it loads its own base."""
+        return {**self.__dict__, "_encoded": {}, "_tokenizers": {}, "_base": None}
+
+    def forget(self) -> None:
+        """Lets go of base and data."""
+        self._encoded, self._tokenizers, self._base = {}, {}, None
+
+    def encoded(self, experiment: Experiment) -> Encoded:
+        """Returns the encoded data of an experiment; made once for all cells that share it."""
+        base = experiment.model_name_or_path
+        key = digest([base, experiment.data.seed, experiment.data.model_dump()])
+        if key not in self._encoded:
+            self._encoded[key] = encode_all(experiment, self.tokenizer(base))
+        return self._encoded[key]
+
+    def tokenizer(self, base: str) -> Any:
+        """Returns the tokenizer of a base; loaded once."""
+        if base not in self._tokenizers:
+            self._tokenizers[base] = load_tokenizer(base)
+        return self._tokenizers[base]
+
+    def measured_file(self, cell: Cell) -> Path:
+        """Returns where the cell's measurements lie, once they are made: named for all they depend on."""
+        data = self.encoded(cell.experiment)
+        asked = self.measure.model_dump(exclude={"resamples", "classifier", "judge", "batch_size"})
+        held = {domain: digest_of_examples(data.held[domain]) for domain in cell.domains}
+        unseen = {name: digest_of_examples(part) for name, part in data.unseen.items()} if cell.unseen else {}
+        return self.cells / cell.name / f"measured-{digest([asked, held, unseen])[:10]}.json"
+
+    def run(self, cell: Cell) -> None:
+        """Trains the cell unless it is trained, and measures it unless it is measured.
+
+        Raises:
+            ModelError: the training diverged, or an expert it starts from is missing.
+        """
+        file = self.measured_file(cell)
+        if file.is_file():
+            return
+        prepared = self._prepared(cell)
+        model = self._trained(prepared, cell)
+        content = measure_cell(prepared, model, cell, self.measure)
+        _check_finite(content, cell)
+        write_json(file, content)
+        self._keep_base(prepared, model, method_named(cell.experiment.method).tuner if cell.kind != "base" else "base")
+
+    def record_failure(self, cell: Cell, text: str) -> None:
+        """Writes what went wrong into the cell's folder; the base may be half adapted, so it is loaded anew."""
+        self._base = None
+        folder = self.cells / cell.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failure.txt").write_text(text, encoding="utf-8")
+
+    def _prepared(self, cell: Cell) -> Prepared:
+        experiment, name = cell.experiment, cell.experiment.model_name_or_path
+        key = f"{name} {experiment.dtype}"
+        if self._base is None or self._base[0] != key:
+            self._base = None
+            self._base = key, load_base(name, dtype=experiment.dtype)
+        run = RunFolder(self.cells / cell.name)
+        run.path.mkdir(parents=True, exist_ok=True)
+        silent = Console(file=io.StringIO(), force_terminal=False)
+        data = self.encoded(experiment)
+        prepared = Prepared(experiment, run, self._base[1], self.tokenizer(name), data, silent)
+        self._base = None  # taken over by the cell's model; given back when the cell is done
+        return prepared
+
+    def _keep_base(self, prepared: Prepared, model: Any, tuner: str) -> None:
+        if tuner == "none":
+            return  # the base itself was trained
+        base = model if tuner == "base" else model.unload() if tuner == "loramix" else model.get_base_model()
+        experiment = prepared.experiment
+        self._base = f"{experiment.model_name_or_path} {experiment.dtype}", base
+
+    def _trained(self, prepared: Prepared, cell: Cell) -> Any:
+        """Returns the cell's model: trained now, or as its folder holds it."""
+        if cell.kind == "base":
+            return prepared.base
+        method = method_named(cell.experiment.method)
+        told = prepared.run.path / TRAINED
+        if told.is_file():
+            return load_trained(prepared.base, prepared.run, method)
+        for left in (prepared.run.model, prepared.run.path / "checkpoint"):
+            shutil.rmtree(left, ignore_errors=True)
+        prepared.run.log.unlink(missing_ok=True)
+        peak = PeakMemory()
+        model, stage = self._train(prepared, cell)
+        if stage["loss"] is not None and not math.isfinite(stage["loss"]):
+            raise ModelError(f"{cell.name}: the training diverged (loss {stage['loss']}). Lower learning_rate.")
+        save(model, prepared.run.model)
+        write_json(
+            told,
+            {
+                "cell": cell.name,
+                "stage": stage,
+                "parameters": _parameters(model),
+                "peak_memory_mb": peak.megabytes(),
+                "environment": environment(),
+            },
+        )
+        return model
+
+    def _train(self, prepared: Prepared, cell: Cell) -> tuple[Any, dict[str, Any]]:
+        if cell.kind == "method":
+            experts = self._experts(prepared, cell.needs)
+            return train_method(prepared, experts, cell.domains)
+        domain = cell.domains[0]
+        if cell.kind == "longer":
+            model = load_adapter(prepared.base, self._folder(cell.needs[domain]), is_trainable=True)
+        else:
+            model = with_lora(prepared, domain)
+        return model, train_on(prepared, model, f"{cell.kind} {domain}", [domain], expert_settings(prepared))
+
+    def _experts(self, prepared: Prepared, needs: Mapping[str, str]) -> dict[str, Expert]:
+        experts: dict[str, Expert] = {}
+        for domain, cell in needs.items():
+            model = load_adapter(prepared.base, self._folder(cell))
+            experts[domain] = take_expert(model.get_base_model(), ADAPTER)
+            prepared.base = model.unload()
+        return experts
+
+    def _folder(self, cell: str) -> Path:
+        return RunFolder(self.cells / cell).model
+
+
+def _parameters(model: Any) -> dict[str, int]:
+    """Returns how many parameters were trained, and how many experts and routers hold."""
+    named = list(model.named_parameters())
+    return {
+        "trained": sum(p.numel() for _, p in named if p.requires_grad),
+        "experts": sum(p.numel() for name, p in named if ".loramix_bank." in name),
+        "routers": sum(p.numel() for name, p in named if ".loramix_router." in name),
+    }
+
+
+def _check_finite(content: Any, cell: Cell) -> None:
+    """Raises a ModelError if a number was measured that is none."""
+    try:
+        json.dumps(content, allow_nan=False)
+    except ValueError as error:
+        raise ModelError(
+            f"{cell.name}: measuring gave a number that is not finite, so the training diverged. Lower learning_rate."
+        ) from error

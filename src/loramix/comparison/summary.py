@@ -1,0 +1,277 @@
+"""From the cells of a comparison to its one results file. Nothing here runs a model or reads the clock."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from loramix.comparison.costs import cost_of
+from loramix.comparison.curves import curves_of
+from loramix.comparison.measuring import OWN
+from loramix.comparison.plan import Entry, Plan, short_name
+from loramix.comparison.routing_summary import classifier_baseline, routing_of, use_of
+from loramix.comparison.runner import CellRunner
+from loramix.comparison.settings import Comparison
+from loramix.environment import environment
+from loramix.evaluation.bootstrap import Draws, difference, interval, mean_over_domains
+from loramix.evaluation.metrics import METRICS, value_of
+from loramix.methods import METHODS
+
+FORMAT = "loramix comparison 1"
+TITLES = {"base": "the base", "lora-long": "LoRA, as long"}
+
+
+@dataclass
+class Line:
+    """One row of the table: a label in one setting, on one base, under one routing.
+
+    Attributes:
+        id: "moa/mixture", "moa/mixture/oracle", "base".
+        cells: seed -> domain (None for a cell of all domains) -> what was measured.
+    """
+
+    id: str
+    base: str
+    label: str
+    method: str
+    setting: str
+    routing: str | None
+    cells: dict[int, dict[str | None, dict[str, Any]]]
+    entries: list[Entry]
+
+    def stats(self, metric: str, domain: str) -> dict[int, list[list[float]]]:
+        """Returns seed -> one vector for each example of a domain, for the seeds that have it."""
+        found = {}
+        for seed, by_domain in self.cells.items():
+            measured = by_domain.get(domain, by_domain.get(None))
+            part = (measured or {}).get("routings", {}).get(self.routing or OWN, {}).get(domain, {}).get(metric)
+            if part is not None:
+                found[seed] = part["stats"]
+        return found
+
+    @property
+    def first(self) -> dict[str, Any] | None:
+        """What was measured of the cell of all domains, in the first seed that has it."""
+        return next((cells[None] for cells in self.cells.values() if None in cells), None)
+
+
+def summarise(comparison: Comparison, planned: Plan, files: Mapping[str, Path], runner: CellRunner) -> dict[str, Any]:
+    """Returns the content of comparison.json; see docs/compare.md.
+
+    Args:
+        comparison: what was asked for.
+        planned: its cells and where they belong.
+        files: cell -> where its measurements lie if it is finished.
+        runner: gives the encoded data.
+    """
+    lines = _lines(comparison, planned, files)
+    domains, unseen, counts = _domains(planned, runner)
+    draws = Draws(comparison.shared.measure.resamples)
+    rows = [_row(line, domains, unseen, draws, planned, files) for line in lines]
+    return {
+        "format": FORMAT,
+        "title": comparison.shared.title,
+        "config": comparison.resolved(),
+        "environment": environment(),
+        "domains": domains,
+        "unseen": unseen,
+        "data": counts,
+        "overlap": [],
+        "metrics": _metrics(lines, [*domains, *unseen]),
+        "rows": rows,
+        "paired": _paired(comparison, lines, domains, draws),
+        "routing": {line.id: routing_of(line.cells) for line in lines if line.routing is None and _routed(line)},
+        "classifier": classifier_baseline(comparison, planned, runner),
+        "expert_use": {line.id: use for line in lines if line.routing is None and (use := use_of(line.first))},
+        "similarity": {line.id: alike for line in lines if line.routing is None and (alike := _similarity(line))},
+        "curves": curves_of(lines, planned, files),
+        "examples": _examples(lines),
+        "judge": None,
+    }
+
+
+def _lines(comparison: Comparison, planned: Plan, files: Mapping[str, Path]) -> list[Line]:
+    by_row: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
+    for entry in planned.entries:
+        by_row[entry.base, entry.label, entry.setting].append(entry)
+    method_of = {row.label: row.method for row in comparison.rows}
+    several = len(comparison.bases) > 1
+    read: dict[str, dict[str, Any]] = {
+        name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()
+    }
+    lines = []
+    for (base, label, setting), entries in by_row.items():
+        cells: dict[int, dict[str | None, dict[str, Any]]] = defaultdict(dict)
+        for entry in entries:
+            if entry.cell in read:
+                cells[entry.seed][entry.domain] = read[entry.cell]
+        name = "/".join(([short_name(base)] if several else []) + [label] + ([setting] if setting != "none" else []))
+        line = Line(name, short_name(base), label, method_of[label], setting, None, dict(cells), entries)
+        lines.append(line)
+        if any("oracle" in one["routings"] for by_domain in cells.values() for one in by_domain.values()):
+            lines.append(Line(f"{name}/oracle", line.base, label, line.method, setting, "oracle", dict(cells), entries))
+    return lines
+
+
+def _domains(planned: Plan, runner: CellRunner) -> tuple[list[str], list[str], dict[str, Any]]:
+    """Returns the domains of all rows in order of appearance, the unseen ones, and their counts."""
+    counts: dict[str, Any] = {}
+    domains: dict[str, None] = {}
+    unseen: dict[str, None] = {}
+    for cell in planned.cells.values():
+        data = runner.encoded(cell.experiment)
+        domains.update(dict.fromkeys(data.train))
+        unseen.update(dict.fromkeys(data.unseen))
+        counts = {**data.counts, **counts}
+    return list(domains), list(unseen), counts
+
+
+def _metrics(lines: Sequence[Line], domains: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, dict[str, str]] = {}
+    for line in lines:
+        for cells in line.cells.values():
+            for measured in cells.values():
+                for domain, parts in measured["routings"][OWN].items():
+                    for metric, part in parts.items():
+                        found.setdefault(metric, {}).setdefault(domain, part["signature"])
+    return {
+        metric: {
+            "title": METRICS[metric].title,
+            "better": METRICS[metric].better,
+            "digits": METRICS[metric].digits,
+            "signatures": {domain: found[metric][domain] for domain in domains if domain in found[metric]},
+        }
+        for metric in METRICS
+        if metric in found
+    }
+
+
+def _row(
+    line: Line,
+    domains: Sequence[str],
+    unseen: Sequence[str],
+    draws: Draws,
+    planned: Plan,
+    files: Mapping[str, Path],
+) -> dict[str, Any]:
+    return {
+        "id": line.id,
+        "base": line.base,
+        "label": line.label,
+        "title": TITLES.get(line.method) or METHODS[line.method].title,
+        "method": line.method,
+        "setting": line.setting,
+        "routing": line.routing,
+        "seeds": sorted(line.cells),
+        "scores": {
+            metric: scores
+            for metric in METRICS
+            if (scores := _scores(line, metric, domains, unseen, draws))["by_domain"]
+        },
+        "cost": cost_of(line.entries, planned.cells, files),
+    }
+
+
+def _scores(line: Line, metric: str, domains: Sequence[str], unseen: Sequence[str], draws: Draws) -> dict[str, Any]:
+    by_domain, values, by_seed = {}, {}, defaultdict(list)
+    value = METRICS[metric].value
+    for domain in (*domains, *unseen):
+        stats = line.stats(metric, domain)
+        if not stats:
+            continue
+        seeds = [value_of(metric, one) for one in stats.values()]
+        values_R = draws.values(domain, list(stats.values()), value)
+        by_domain[domain] = _spread(seeds, values_R)
+        if domain in domains:
+            values[domain] = values_R
+            for seed, one in zip(stats, seeds, strict=True):
+                by_seed[seed].append(one)
+    whole = [mean(parts) for parts in by_seed.values() if len(parts) == len(values)]
+    average = _spread(whole, mean_over_domains(values)) if whole and len(whole) == len(by_seed) else None
+    return {"by_domain": by_domain, "average": average, "domains": len(values)}
+
+
+def _spread(by_seed: Sequence[float], values_R: Any) -> dict[str, Any]:
+    return {
+        "mean": mean(by_seed),
+        "std": stdev(by_seed) if len(by_seed) > 1 else None,
+        "by_seed": list(by_seed),
+        **asdict(interval(values_R)),
+    }
+
+
+def _paired(
+    comparison: Comparison, lines: Sequence[Line], domains: Sequence[str], draws: Draws
+) -> list[dict[str, Any]]:
+    """Returns the tests of every row against one, on the seeds and domains both have."""
+    mixtures = [line.id for line in lines if line.setting == "mixture" and line.routing is None]
+    wanted = comparison.shared.against or next((i for i in mixtures if i.endswith("lora/mixture")), None)
+    reference = next((line for line in lines if line.id == (wanted or (mixtures or [""])[0])), None)
+    if reference is None:
+        return []
+    found = []
+    for metric in METRICS:
+        for line in lines:
+            tested = _differences(line, reference, metric, domains, draws) if line is not reference else None
+            if tested:
+                found.append({"metric": metric, "row": line.id, "against": reference.id, **tested})
+    return found
+
+
+def _differences(
+    line: Line, reference: Line, metric: str, domains: Sequence[str], draws: Draws
+) -> dict[str, Any] | None:
+    value = METRICS[metric].value
+    by_domain, firsts, seconds, observed = {}, {}, {}, []
+    for domain in domains:
+        first, second = line.stats(metric, domain), reference.stats(metric, domain)
+        if not first or not second or len(next(iter(first.values()))) != len(next(iter(second.values()))):
+            continue
+        firsts[domain] = draws.values(domain, list(first.values()), value)
+        seconds[domain] = draws.values(domain, list(second.values()), value)
+        apart = mean(value_of(metric, s) for s in first.values()) - mean(value_of(metric, s) for s in second.values())
+        observed.append(apart)
+        by_domain[domain] = asdict(difference(apart, firsts[domain], seconds[domain]))
+    if not by_domain:
+        return None
+    complete = all(line.stats(metric, d) for d in domains if reference.stats(metric, d))
+    average = asdict(difference(float(np.mean(observed)), mean_over_domains(firsts), mean_over_domains(seconds)))
+    return {"by_domain": by_domain, "average": average if complete else None}
+
+
+def _routed(line: Line) -> bool:
+    return line.first is not None and line.first.get("routers") is not None
+
+
+def _similarity(line: Line) -> dict[str, Any] | None:
+    alike = (line.first or {}).get("similarity")
+    if alike is None:
+        return None
+    count = len(alike["BA"])
+    named = METHODS[line.method].expert_count == "one per domain" if line.method in METHODS else False
+    use = (line.first or {}).get("expert_use")
+    names = (
+        list(use["by_domain"]) if named and use and len(use["by_domain"]) == count else [str(n) for n in range(count)]
+    )
+    return {"experts": names, **alike}
+
+
+def _examples(lines: Sequence[Line], most: int = 1) -> list[dict[str, Any]]:
+    """Returns the first answered prompts of each domain with what every row answered, of the first seed."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in lines:
+        if line.routing is not None or not line.cells:
+            continue
+        for measured in line.cells[min(line.cells)].values():
+            for domain, answered in measured["answers"].items():
+                for one in answered[:most]:
+                    about = {"domain": domain, "prompt": one["prompt"], "reference": one["reference"], "answers": {}}
+                    found.setdefault((domain, one["prompt"]), about)["answers"][line.id] = one["answer"]
+    return list(found.values())

@@ -1,0 +1,147 @@
+"""Rows of well-known public data sets, turned into the simple forms of formats.py.
+
+Each layout is recognised by its keys alone. One row may give several (a RACE passage has several questions).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from html.parser import HTMLParser
+from typing import Any
+
+Row = Mapping[str, Any]
+_ADAPTERS = re.compile(
+    r"(?s)^(?:Please choose the correct answer to the question: )?(.*?)\n\nAnswer1: (.*?)\n\nAnswer "
+)
+_MEDICAL = {"question", "question_text", "answer"}
+
+
+def rows_of(row: Any) -> list[Any]:
+    """Returns the row as it is, or as one or more rows of a simple form if it has the layout of a known data set."""
+    if not isinstance(row, Mapping):
+        return [row]
+    for keys, read in _LAYOUTS:
+        if keys <= row.keys():
+            found = read(row)
+            if found is not None:
+                return found
+    return [row]
+
+
+def _race(row: Row) -> list[Any] | None:
+    """RACE as its authors store it: a passage with questions, options and letters side by side."""
+    parts = [row[key] for key in ("questions", "options", "answers")]
+    if not all(isinstance(part, list) for part in parts) or len({len(part) for part in parts}) != 1:
+        return None
+    return [
+        {"context": row["article"], "question": question, "choices": options, "answer": answer}
+        for question, options, answer in zip(*parts, strict=True)
+    ]
+
+
+def _llm_adapters(row: Row) -> list[Any] | None:
+    """LLM-Adapters' commonsense sets: options inside the instruction ("Answer1: ..."), answer "answer2"."""
+    said = re.fullmatch(r"answer(\d)", str(row["answer"]))
+    found = _ADAPTERS.match(str(row["instruction"]))
+    if said is None or found is None:
+        return None
+    options = re.split(r"\s*Answer\d: ", found.group(2))
+    return [{"question": found.group(1), "choices": options, "answer": int(said.group(1)) - 1}]
+
+
+def _conala(row: Row) -> list[Any]:
+    """CoNaLa: a Stack Overflow title, better worded where somebody did, and a line of Python."""
+    return [{"prompt": row["rewritten_intent"] or row["intent"], "completion": row["snippet"]}]
+
+
+def _medical(row: Row) -> list[Any] | None:
+    """Questions of patients with a title and, mostly, a full text."""
+    asked = " ".join(str(row["question_text"]).split()) or row["question"]
+    return [{"prompt": asked, "completion": row["answer"]}]
+
+
+def _gorilla(row: Row) -> list[Any] | None:
+    """APIBench: an instruction inside `code`, a Python dict or marked lines, and the call that serves it."""
+    text = str(row["code"])
+    try:
+        asked = ast.literal_eval(text)["Instruction"]
+    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
+        found = re.search(r"(?s)Instruction'?\"?: ?['\"]?(.*?)['\"]?,? *(?:\n|'Output'|\"Output\"|###Output)", text)
+        if found is None:
+            return None
+        asked = found.group(1)
+    return [{"prompt": str(asked).strip(), "completion": row["api_call"]}]
+
+
+def _leetcode(row: Row) -> list[Any]:
+    """Doocs LeetCode: an English statement in HTML and a solution in Python."""
+    asked = f"{row['title_en']}\n\n{plain_text(row['description_en'])}\n\nWrite a solution in Python."
+    return [{"prompt": asked, "completion": row["solution_py"]}]
+
+
+def _gaokao(row: Row) -> list[Any]:
+    """GAOKAO-Bench: a question with options in its text, letters (or an answer in words), and the worked analysis."""
+    answer = row["answer"]
+    if isinstance(answer, list):
+        reply = f"【答案】{' '.join(map(str, answer))}\n【解析】{str(row['analysis']).strip()}"
+    else:
+        reply = str(answer)
+    return [{"prompt": str(row["question"]).strip(), "completion": reply}]
+
+
+def _preferred(row: Row) -> list[Any] | None:
+    """OpenAI's preference form: the preferred answer is learned."""
+    if not isinstance(row["input"], Mapping) or "messages" not in row["input"]:
+        return None
+    turns = [*row["input"]["messages"], *row["preferred_output"]]
+    return [{"messages": [{"role": turn.get("role"), "content": turn.get("content")} for turn in turns]}]
+
+
+def _with_context(row: Row) -> list[Any] | None:
+    """A question with a text it is about; the text must not be lost."""
+    if not isinstance(row["context"], str) or "choices" in row or "options" in row or "choice0" in row or "A" in row:
+        return None
+    context = row["context"].strip()
+    question = row["question"]
+    asked = f"{context}\n\n{question}" if context and isinstance(question, str) else question
+    return [{"prompt": asked, "completion": row["answer"], **({"domain": row["domain"]} if "domain" in row else {})}]
+
+
+_LAYOUTS: tuple[tuple[set[str], Callable[[Row], list[Any] | None]], ...] = (
+    ({"article", "questions", "options", "answers"}, _race),
+    ({"instruction", "answer"}, _llm_adapters),
+    ({"intent", "rewritten_intent", "snippet"}, _conala),
+    (_MEDICAL, _medical),
+    ({"code", "api_call", "provider"}, _gorilla),
+    ({"title_en", "description_en", "solution_py"}, _leetcode),
+    ({"question", "answer", "analysis"}, _gaokao),
+    ({"input", "preferred_output"}, _preferred),
+    ({"context", "question", "answer"}, _with_context),
+)
+
+
+class _Text(HTMLParser):
+    """Collects the text of HTML; blocks begin new lines."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("p", "pre", "ul", "ol", "li", "br", "div", "table", "tr"):
+            self.parts.append("\n- " if tag == "li" else "\n")
+        elif tag == "sup":
+            self.parts.append("^")
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+
+def plain_text(html: str) -> str:
+    """Returns the text of an HTML fragment, one line a block, powers as ^."""
+    reader = _Text()
+    reader.feed(html)
+    lines = (" ".join(line.split()) for line in "".join(reader.parts).splitlines())
+    return "\n".join(line for line in lines if line)

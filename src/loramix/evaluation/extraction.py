@@ -1,0 +1,67 @@
+"""Reads the answer out of generated text: the letter of an option, the number of a word problem."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+
+from loramix.evaluation.metrics import Measured
+
+_STATED = re.compile(
+    r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b|【答案】\s*([A-Z])|答案[是为\uff1a:]\s*([A-Z])"
+)
+_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+_MARKED = re.compile(r"####\s*(-?\$?[\d,]*\.?\d+)")
+
+
+def letter(answer: str, options: Sequence[str]) -> int | None:
+    """Returns the position of the option an answer names, or None.
+
+    In this order: a stated letter ("The answer is B", "【答案】B"), the first letter that stands alone, an answer
+    that is the text of one option (case and outer punctuation aside). Letters beyond the options do not count.
+    """
+    letters = string.ascii_uppercase[: len(options)]
+    for found in _STATED.finditer(answer):
+        said = next(group for group in found.groups() if group)
+        if said in letters:
+            return letters.index(said)
+    for found in re.finditer(r"(?<![\w'])([A-Z])(?![\w'])", answer):
+        if found.group(1) in letters and not _is_word(answer, found):
+            return letters.index(found.group(1))
+    texts = [_bare(option) for option in options]
+    return texts.index(_bare(answer)) if texts.count(_bare(answer)) == 1 else None
+
+
+def _is_word(answer: str, found: re.Match[str]) -> bool:
+    """Whether a lone A or I begins a phrase ("A dog ...") rather than naming an option."""
+    return found.group(1) in "AI" and bool(re.match(r" [a-z]", answer[found.end() :]))
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.split()).strip(string.punctuation + " ").casefold()
+
+
+def number(answer: str) -> Decimal | None:
+    """Returns the number an answer ends in, or None: after "####" as GSM8K marks it, else the last number."""
+    marked = _MARKED.findall(answer)
+    found = marked or _NUMBER.findall(answer)
+    if not found:
+        return None
+    try:
+        return Decimal(found[-1].replace(",", "").replace("$", ""))
+    except InvalidOperation:
+        return None
+
+
+def same_number(answer: str, reference: str) -> bool:
+    """Whether an answer ends in the reference's number; 18, 18.0 and $18 are the same."""
+    wanted = number(reference)
+    return wanted is not None and number(answer) == wanted
+
+
+def number_measured(answers: Sequence[str], references: Sequence[str]) -> Measured:
+    """Returns how often answers end in their reference's number (GSM8K's exact match)."""
+    stats = [[float(same_number(one, wanted)), 1.0] for one, wanted in zip(answers, references, strict=True)]
+    return Measured("exact_number", "exact match|number after #### or last|greedy", stats)
