@@ -28,6 +28,11 @@ def steps(settings: TrainingSettings, examples: int) -> int:
     return math.ceil(settings.num_train_epochs * math.ceil(batches / settings.gradient_accumulation_steps))
 
 
+def rows_per_step(settings: TrainingSettings) -> int:
+    """Returns the examples of one optimizer step."""
+    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+
+
 def joint_steps(prepared: Prepared) -> int:
     """Returns the optimizer steps of the stage on all domains; 0 where the method has none by gradients."""
     last = method_named(prepared.experiment.method).stages[-1]
@@ -58,10 +63,9 @@ def longer(prepared: Prepared, domain: str) -> TrainingSettings:
 
 def longer_settings(second: TrainingSettings, steps_of_second: int, share: float) -> TrainingSettings:
     """Returns the settings of `longer` from those of stage 2, its steps, and the domain's share of its rows."""
-    rows = second.per_device_train_batch_size * second.gradient_accumulation_steps
     return replace(
         second,
         max_steps=steps_of_second,
-        per_device_train_batch_size=max(1, round(rows * share)),
+        per_device_train_batch_size=max(1, round(rows_per_step(second) * share)),
         gradient_accumulation_steps=1,
     )

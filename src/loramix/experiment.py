@@ -6,6 +6,7 @@ Names are PEFT's and TrainingArguments'. A key may be written with its section (
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -113,7 +114,7 @@ def settle(
         echoes: collects what was read under another name.
     """
     settled: dict[str, Any] = {}
-    for key, value in content.items():
+    for key, value in copy.deepcopy(dict(content)).items():  # overrides must not reach into what the caller keeps
         _place(settled, str(key), value, echoes)
     for override in overrides:
         key, equals, text = override.partition("=")

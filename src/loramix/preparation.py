@@ -11,8 +11,9 @@ from rich.console import Console
 
 from loramix.adapter_settings import adapter_config
 from loramix.data.collation import Example
-from loramix.data.domains import Cut, encode_domain, read_domains, read_unseen
+from loramix.data.domains import Cut, Split, encode_domain, read_domains, read_unseen
 from loramix.data.mixing import domain_shares
+from loramix.data.records import Record
 from loramix.environment import environment
 from loramix.errors import ConfigError, DataError, Problems
 from loramix.experiment import as_yaml
@@ -125,17 +126,7 @@ def encode_all(experiment: Experiment, tokenizer: Any) -> Encoded:
         DataError: what is wrong with all files, at once.
     """
     data = experiment.data
-    seed = experiment.seed if data.seed is None else data.seed
-    splits = read_domains(
-        {domain: source or "" for domain, source in rooted(data.domains, data.root).items()},
-        labelled=None if data.path is None else rooted(data.path, data.root),
-        domain_column=data.domain_column,
-        test_fraction=data.test_fraction,
-        max_train_examples=data.max_train_examples,
-        max_test_examples=data.max_test_examples,
-        seed=seed,
-    )
-    unseen = read_unseen(rooted(data.unseen, data.root), max_test_examples=data.max_test_examples, seed=seed)
+    splits, unseen = read_all(experiment)
     train: dict[str, list[Example]] = {}
     held: dict[str, list[Example]] = {}
     counts: dict[str, Any] = {}
@@ -150,6 +141,30 @@ def encode_all(experiment: Experiment, tokenizer: Any) -> Encoded:
         counts[domain] = {"test": _counts(never[domain], cut)}
     _check_not_empty(train, {**held, **never}, data.max_length)
     return Encoded(train, held, never, counts)
+
+
+def read_all(experiment: Experiment) -> tuple[dict[str, Split], dict[str, list[Record]]]:
+    """Returns the splits of the domains, and the records of the domains that are only measured.
+
+    Raises:
+        ConfigError: data.root is no folder.
+        DataError: what is wrong with all files, at once.
+    """
+    data = experiment.data
+    seed = experiment.seed if data.seed is None else data.seed
+    splits = read_domains(
+        {domain: source or "" for domain, source in rooted(data.domains, data.root).items()},
+        labelled=None if data.path is None else rooted(data.path, data.root),
+        domain_column=data.domain_column,
+        test_fraction=data.test_fraction,
+        max_train_examples=data.max_train_examples,
+        max_test_examples=data.max_test_examples,
+        seed=seed,
+    )
+    unseen = read_unseen(rooted(data.unseen, data.root), max_test_examples=data.max_test_examples, seed=seed)
+    if both := sorted(splits.keys() & unseen.keys()):  # with data.path the labels are known only now
+        raise DataError(f"data.unseen: {', '.join(both)}: is a label of the data too. Give it another name.")
+    return splits, unseen
 
 
 def _anchored(experiment: Experiment) -> Experiment:
@@ -168,7 +183,8 @@ def _anchored(experiment: Experiment) -> Experiment:
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name and ("*" in name or path.exists()) else name
 
 
 def rooted(sources: Any, root: str | None) -> Any:
@@ -184,7 +200,8 @@ def rooted(sources: Any, root: str | None) -> Any:
         raise ConfigError(f"data.root = {root!r}: no such folder. Name the folder that the domains' files lie in.")
 
     def below(name: str) -> str:
-        return str(folder / name) if (folder / name).exists() else name
+        here = "*" in name or (folder / name).exists()
+        return str(folder / name) if here and not name.startswith("~") else name
 
     return _every_name(sources, below)
 

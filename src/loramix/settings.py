@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from loramix.training.settings import TrainingSettings
 
 BUILTIN = "smollm2-135m-instruct"
 
 
-Source = str | list[str] | dict[Literal["train", "validation", "test"], str | list[str]]
+def _said_as(expected: str) -> WrapValidator:
+    """Returns a validator that says once what is expected, instead of one message for each type it may have."""
+
+    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value)
+        except ValidationError as error:
+            raise PydanticCustomError("one_of", "expected {expected}", {"expected": expected}) from error
+
+    return WrapValidator(check)
+
+
+Source = Annotated[
+    str | list[str] | dict[Literal["train", "validation", "test"], str | list[str]],
+    _said_as("a file, folder or Hub name, a list of files, or train, validation, test with one or several each"),
+]
+Most = Annotated[int | dict[str, int] | None, _said_as("a whole number, or one for each domain")]
 
 
 class _Section(BaseModel):
@@ -33,9 +50,9 @@ class DataSettings(_Section):
     domain_column: str | None = None
     """Its column with the label; by default domain, task, channel or task_id."""
     test_fraction: float = Field(0.1, gt=0, lt=1)
-    max_train_examples: int | dict[str, int] | None = None
+    max_train_examples: Most = None
     """For every domain, or by domain: the ratio of data between tasks."""
-    max_test_examples: int | dict[str, int] | None = None
+    max_test_examples: Most = None
     unseen: dict[str, Source] = Field(default_factory=dict)
     """Domains that are measured and never learned."""
     seed: int | None = None

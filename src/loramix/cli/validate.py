@@ -23,26 +23,19 @@ def validate(
 ) -> None:
     quiet_libraries()
     from loramix.adapter_settings import adapter_config
-    from loramix.data.domains import read_domains
     from loramix.experiment import as_yaml, load
     from loramix.methods import method_named
     from loramix.models import load_skeleton
+    from loramix.preparation import read_all
     from loramix.tuner import check_fit
 
     loaded = load(config, overrides or [])
-    experiment, data = loaded.experiment, loaded.experiment.data
-    splits = read_domains(
-        {domain: source or "" for domain, source in data.domains.items()},
-        labelled=data.path,
-        domain_column=data.domain_column,
-        test_fraction=data.test_fraction,
-        max_train_examples=data.max_train_examples,
-        max_test_examples=data.max_test_examples,
-        seed=loaded.experiment.seed,
-    )
+    experiment = loaded.experiment
+    splits, unseen = read_all(experiment)
     if method_named(experiment.method).tuner == "loramix":
         check_fit(load_skeleton(experiment.model_name_or_path), adapter_config(experiment, list(splits)))
     counts = {domain: {"train": len(split.train), "test": len(split.test)} for domain, split in splits.items()}
+    counts |= {domain: {"train": 0, "test": len(records)} for domain, records in unseen.items()}
     if as_json:
         print_json({"settings": loaded.experiment.model_dump(), "read_as": list(loaded.echoes), "examples": counts})
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from loramix.building import with_lora
 from loramix.comparison.plan import Cell
 from loramix.comparison.settings import MeasureSettings
 from loramix.data.collation import Example
@@ -23,11 +24,12 @@ from loramix.methods import method_named
 from loramix.opening import ADAPTER
 from loramix.preparation import Prepared
 from loramix.routers import SettledBy
+from loramix.tuner.assembly import put_experts, take_expert
 
 Held = Mapping[str, Sequence[Example]]
 ByDomain = dict[str, list[Score]]
 OWN = ""
-"""The routing a model has by itself; "oracle" is the label's expert."""
+"""The routing a model has by itself; "oracle" is the label's expert, "extracted" each expert as a plain LoRA."""
 
 
 def measure_cell(prepared: Prepared, model: Any, cell: Cell, settings: MeasureSettings) -> dict[str, Any]:
@@ -40,6 +42,30 @@ def measure_cell(prepared: Prepared, model: Any, cell: Cell, settings: MeasureSe
         settings: which metrics.
     """
     return _Measuring(prepared, model, cell, settings).everything()
+
+
+def extracts(cell: Cell) -> bool:
+    """Whether a cell's experts are also measured alone, each as a plain LoRA on its domain (MoA, Table 8): those of a
+    method that trains one per domain and mixes them. For one that settles sequences that is the oracle already."""
+    method = method_named(cell.experiment.method)
+    mixes = method.router is not None and method.settled_by != "prompt" and "experts" in method.trains
+    return cell.kind == "method" and mixes and method.expert_count == "one per domain"
+
+
+def measure_extracted(prepared: Prepared, model: Any, cell: Cell, settings: MeasureSettings) -> dict[str, Any]:
+    """Returns domain -> metrics of each expert alone. The model is taken apart: `prepared.base` is the base again."""
+    experts = {
+        domain: take_expert(model.get_base_model(), ADAPTER, position) for position, domain in enumerate(cell.domains)
+    }
+    prepared.base = model.unload()
+    measured: dict[str, Any] = {}
+    for domain, expert in experts.items():
+        alone = with_lora(prepared, domain)
+        put_experts(alone.get_base_model(), ADAPTER, {domain: expert})
+        measuring = _Measuring(prepared, alone, replace(cell, kind="expert", domains=(domain,), unseen=False), settings)
+        measured[domain] = measuring.everything()["routings"][OWN][domain]
+        prepared.base = alone.unload()
+    return measured
 
 
 @dataclass(frozen=True)

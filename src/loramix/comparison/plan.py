@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from loramix.adapter_settings import adapter_config
-from loramix.budget import longer_settings, steps
+from loramix.budget import longer_settings, rows_per_step, steps
 from loramix.comparison.settings import BASE, LONGER, Comparison, Row
 from loramix.data.collation import Example
 from loramix.methods import method_named
 from loramix.preparation import Encoded
 from loramix.settings import Experiment
 
+_ROUTERS_ONLY = ("losses", "router_learning_rate")
 Kind = Literal["base", "expert", "longer", "method"]
 
 
@@ -121,10 +123,12 @@ class _RowPlan:
         self.first, self.second = (
             experiment.model_copy(update={"training": stage}).settings({}) for stage in row.stages
         )
-        self.total = sum(steps(self.first, size) for size in self.sizes.values())
-        joint = steps(self.second, sum(self.sizes.values()))
-        self.total = self.total + joint if two_stages else steps(self.first, sum(self.sizes.values()))
-        self.joint = joint
+        self.joint = steps(self.second, sum(self.sizes.values()))
+        self.total = steps(self.first, sum(self.sizes.values()))
+        if two_stages:
+            rows = sum(steps(self.first, size) for size in self.sizes.values()) * rows_per_step(self.first)
+            rows += self.joint * rows_per_step(self.second)
+            self.total = math.ceil(rows / rows_per_step(self.first))
 
     def add(self) -> None:
         everything = tuple(self.data.train)
@@ -165,7 +169,10 @@ class _RowPlan:
             update={
                 "method": "lora",
                 "adapter": type(self.experiment.adapter)(**settings),
-                "training": dict(self.row.stages[0]),
+                # What only routers read must not keep two rows from sharing their experts.
+                "training": {
+                    k: v for k, v in self.row.stages[0].items() if k not in ("losses", "router_learning_rate")
+                },
                 "expert_stage": {},
                 "joint_stage": {},
             }
@@ -214,8 +221,7 @@ class _RowPlan:
             return 0
         stage = experiment.joint_stage if kind == "method" else {}
         settings = experiment.settings(stage)
-        rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-        return 3 * rows * steps(settings, sum(self.sizes[d] for d in domains))
+        return 3 * rows_per_step(settings) * steps(settings, sum(self.sizes[d] for d in domains))
 
     def _enter(self, setting: str, domain: str | None, cell: Cell) -> None:
         self.made.cells.setdefault(cell.name, cell)

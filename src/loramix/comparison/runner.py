@@ -15,7 +15,7 @@ from rich.console import Console
 
 from loramix.budget import expert_settings
 from loramix.building import save, train_method, train_on, with_lora
-from loramix.comparison.measuring import measure_cell
+from loramix.comparison.measuring import extracts, measure_cell, measure_extracted
 from loramix.comparison.plan import Cell, digest, digest_of_examples
 from loramix.comparison.settings import MeasureSettings
 from loramix.environment import environment
@@ -89,9 +89,14 @@ class CellRunner:
         prepared = self._prepared(cell)
         model = self._trained(prepared, cell)
         content = measure_cell(prepared, model, cell, self.measure)
+        if extracts(cell):
+            content["routings"]["extracted"] = measure_extracted(prepared, model, cell, self.measure)
+            model, tuner = prepared.base, "base"
+        else:
+            tuner = method_named(cell.experiment.method).tuner if cell.kind != "base" else "base"
         _check_finite(content, cell)
         write_json(file, content)
-        self._keep_base(prepared, model, method_named(cell.experiment.method).tuner if cell.kind != "base" else "base")
+        self._keep_base(prepared, model, tuner)
 
     def record_failure(self, cell: Cell, text: str) -> None:
         """Writes what went wrong into the cell's folder; the base may be half adapted, so it is loaded anew."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -115,8 +115,9 @@ def _lines(comparison: Comparison, planned: Plan, files: Mapping[str, Path]) -> 
         name = "/".join(([short_name(base)] if several else []) + [label] + ([setting] if setting != "none" else []))
         line = Line(name, short_name(base), label, method_of[label], setting, None, dict(cells), entries)
         lines.append(line)
-        if any("oracle" in one["routings"] for by_domain in cells.values() for one in by_domain.values()):
-            lines.append(Line(f"{name}/oracle", line.base, label, line.method, setting, "oracle", dict(cells), entries))
+        for routing in ("oracle", "extracted"):
+            if any(routing in one["routings"] for by_domain in cells.values() for one in by_domain.values()):
+                lines.append(replace(line, id=f"{name}/{routing}", routing=routing))
     return lines
 
 

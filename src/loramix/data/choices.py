@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 def is_choice(row: Row) -> bool:
     """Whether a row is a question with options."""
-    return _options_of(row) is not None and any(key in row for key in ANSWERS)
+    return "question" in row and _options_of(row) is not None and any(key in row for key in ANSWERS)
 
 
 def read_choice(row: Row) -> tuple[str, str, tuple[str, ...]]:
@@ -62,8 +62,8 @@ def _options_of(row: Row) -> tuple[list[Any], list[str]] | None:
     choices = row.get("choices", row.get("options"))
     if choices is None and isinstance(question, Mapping):
         choices = question.get("choices")
-    if isinstance(choices, Mapping) and "text" in choices and "label" in choices:
-        return list(choices["text"]), [str(label) for label in choices["label"]]
+    if isinstance(choices, Mapping) and all(isinstance(choices.get(key), list) for key in ("text", "label")):
+        return choices["text"], [str(label) for label in choices["label"]]
     if isinstance(choices, Sequence) and not isinstance(choices, str) and choices:
         if all(isinstance(one, Mapping) and "text" in one for one in choices):
             return [one["text"] for one in choices], [str(one.get("label", "")) for one in choices]
@@ -78,22 +78,15 @@ def _options_of(row: Row) -> tuple[list[Any], list[str]] | None:
 
 def _right(row: Row, options: Sequence[str], labels: Sequence[str]) -> int:
     """Returns the position of the right option: named by label, by letter, by number from 0, or by its text."""
-    answer = next(row[key] for key in ANSWERS if row.get(key) is not None) if _answered(row) else None
+    answer = next((row[key] for key in ANSWERS if row.get(key) is not None), None)
     said = str(answer).strip()
-    if said in labels:
-        return list(labels).index(said)
-    if isinstance(answer, int) or said.isdigit():
-        if 0 <= int(said) < len(options):
-            return int(said)
-    elif len(said) == 1 and said.upper() in LETTERS[: len(options)]:
-        return LETTERS.index(said.upper())
-    elif said in options:
-        return list(options).index(said)
+    letters = LETTERS[: len(options)]
+    positions = [str(position) for position in range(len(options))]
+    # "1" among the options 8, 1, 24 is a position, as in MMLU's files; "24" can only be the option's text.
+    for names in (labels, letters, letters.lower(), positions, options):
+        if said in list(names) and list(names).index(said) < len(options):
+            return list(names).index(said)
     raise RowError(
         f"has the answer {answer!r:.40}, which names none of its {len(options)} options. Expected a letter, a position "
         "from 0, a label, or the option's text."
     )
-
-
-def _answered(row: Row) -> bool:
-    return any(row.get(key) is not None for key in ANSWERS)

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from loramix.data.collation import Example
 from loramix.data.prompts import Encoded, encode
-from loramix.data.reading import SPLITS, read_source
+from loramix.data.reading import SPLITS, read_named_for, read_source
 from loramix.data.records import Record
 from loramix.errors import DataError, Problems
 
@@ -150,9 +150,7 @@ def _read(source: Source, split: str, domain: str, problems: Problems) -> list[R
         return read_source(source, split, problems, domain=domain)
     if not named:
         return None
-    # A file named for a split is that split, whatever it is called: it is read as a plain table.
-    read = [read_source(name, "train", problems, domain=domain) for name in named]
-    return [record for part in read for record in part or []]
+    return [record for name in named for record in read_named_for(name, split, problems, domain=domain)]
 
 
 def name_problem(name: str) -> str | None:

@@ -138,10 +138,12 @@ def _reader(row: Row) -> Callable[[Row], tuple[Message, ...]] | None:
 
 def to_records(row: Any, source: str, domain: str | None, domain_column: str | None) -> list[Record]:
     """Returns the records of one row, mostly one; arguments and errors as of `to_record`."""
+    if domain is None and isinstance(row, Mapping):  # a layout keeps no other columns
+        domain = _label(row, domain_column)
     rows = rows_of(row)
     if len(rows) == 1:
-        return [to_record(rows[0], source, domain, domain_column)]
-    return [to_record(one, f"{source} ({number})", domain, domain_column) for number, one in enumerate(rows, 1)]
+        return [to_record(rows[0], source, domain, None)]
+    return [to_record(one, f"{source} ({number})", domain, None) for number, one in enumerate(rows, 1)]
 
 
 def to_record(row: Any, source: str, domain: str | None, domain_column: str | None) -> Record:

@@ -5,7 +5,6 @@ Each layout is recognised by its keys alone. One row may give several (a RACE pa
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
@@ -58,21 +57,16 @@ def _conala(row: Row) -> list[Any]:
 
 def _medical(row: Row) -> list[Any] | None:
     """Questions of patients with a title and, mostly, a full text."""
-    asked = " ".join(str(row["question_text"]).split()) or row["question"]
+    asked = " ".join(str(row["question_text"] or "").split()) or row["question"]
     return [{"prompt": asked, "completion": row["answer"]}]
 
 
 def _gorilla(row: Row) -> list[Any] | None:
     """APIBench: an instruction inside `code`, a Python dict or marked lines, and the call that serves it."""
-    text = str(row["code"])
-    try:
-        asked = ast.literal_eval(text)["Instruction"]
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
-        found = re.search(r"(?s)Instruction'?\"?: ?['\"]?(.*?)['\"]?,? *(?:\n|'Output'|\"Output\"|###Output)", text)
-        if found is None:
-            return None
-        asked = found.group(1)
-    return [{"prompt": str(asked).strip(), "completion": row["api_call"]}]
+    found = re.search(
+        r"(?s)Instruction'?\"?: ?['\"]?(.*?)['\"]?,? *(?:\n|'Output'|\"Output\"|###Output)", str(row["code"])
+    )
+    return None if found is None else [{"prompt": found.group(1).strip(), "completion": row["api_call"]}]
 
 
 def _leetcode(row: Row) -> list[Any]:
@@ -81,14 +75,12 @@ def _leetcode(row: Row) -> list[Any]:
     return [{"prompt": asked, "completion": row["solution_py"]}]
 
 
-def _gaokao(row: Row) -> list[Any]:
+def _gaokao(row: Row) -> list[Any] | None:
     """GAOKAO-Bench: a question with options in its text, letters (or an answer in words), and the worked analysis."""
-    answer = row["answer"]
-    if isinstance(answer, list):
-        reply = f"【答案】{' '.join(map(str, answer))}\n【解析】{str(row['analysis']).strip()}"
-    else:
-        reply = str(answer)
-    return [{"prompt": str(row["question"]).strip(), "completion": reply}]
+    if not isinstance(row["answer"], list) or not isinstance(row["question"], str):
+        return None  # questions to be answered in words are questions with an answer, like all others
+    reply = f"【答案】{' '.join(map(str, row['answer']))}\n【解析】{str(row['analysis']).strip()}"
+    return [{"prompt": row["question"].strip(), "completion": reply}]
 
 
 def _preferred(row: Row) -> list[Any] | None:
@@ -106,7 +98,9 @@ def _with_context(row: Row) -> list[Any] | None:
     context = row["context"].strip()
     question = row["question"]
     asked = f"{context}\n\n{question}" if context and isinstance(question, str) else question
-    return [{"prompt": asked, "completion": row["answer"], **({"domain": row["domain"]} if "domain" in row else {})}]
+    return [
+        {**{key: row[key] for key in ("system", "tools") if key in row}, "prompt": asked, "completion": row["answer"]}
+    ]
 
 
 _LAYOUTS: tuple[tuple[set[str], Callable[[Row], list[Any] | None]], ...] = (
@@ -123,20 +117,27 @@ _LAYOUTS: tuple[tuple[set[str], Callable[[Row], list[Any] | None]], ...] = (
 
 
 class _Text(HTMLParser):
-    """Collects the text of HTML; blocks begin new lines."""
+    """Collects the text of HTML; blocks begin new lines, and only in <pre> do the text's own line breaks count."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
+        self.verbatim = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ("p", "pre", "ul", "ol", "li", "br", "div", "table", "tr"):
             self.parts.append("\n- " if tag == "li" else "\n")
+            self.verbatim |= tag == "pre"
         elif tag == "sup":
             self.parts.append("^")
 
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "pre":
+            self.verbatim = False
+            self.parts.append("\n")
+
     def handle_data(self, data: str) -> None:
-        self.parts.append(data)
+        self.parts.append(data if self.verbatim else re.sub(r"\s+", " ", data))
 
 
 def plain_text(html: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -129,11 +130,20 @@ def read_source(
     """Returns the records of one split of a file, folder or Hub data set; None where it has no such split.
 
     Args:
-        name: path, or Hub name such as "owner/name" or "owner/name:subset".
+        name: path, pattern of files with *, or Hub name such as "owner/name" or "owner/name:subset". A file, and the
+            files of a pattern together, are one table: split "train" only.
         split: "train", "validation" or "test".
         problems, domain, domain_column: as for `read_file`.
     """
     path = Path(name).expanduser()
+    if "*" in name:
+        if split != "train":
+            return None
+        found = [Path(one) for one in sorted(glob.glob(str(path), recursive=True)) if Path(one).is_file()]
+        if not found:
+            problems.add(f"{name}: no file is of that pattern.")
+        how = {"domain": domain, "domain_column": domain_column}
+        return [record for one in found for record in read_file(one, problems, **how)]
     if path.exists():
         file = find_split(path, split)
         if file is None:
@@ -145,6 +155,17 @@ def read_source(
             problems.add(f"{name}: no such file or folder. Expected a data file, a folder of splits, or a Hub name.")
         return None
     return _from_hub(name, split, problems, domain=domain, domain_column=domain_column)
+
+
+def read_named_for(name: str, split: str, problems: Problems, *, domain: str | None) -> list[Record]:
+    """Returns the records of a source that the user named for a split: all of a file or pattern, whatever it is called;
+    that split of a folder or a Hub data set, and of nothing else, so that no row is both learned and measured."""
+    whole = "*" in name or Path(name).expanduser().is_file()
+    count = len(problems.messages)
+    records = read_source(name, "train" if whole else split, problems, domain=domain)
+    if records is None and len(problems.messages) == count:
+        problems.add(f"{name}: no such file, and no folder or Hub data set with a {split} part.")
+    return records or []
 
 
 def _from_hub(
