@@ -1,12 +1,20 @@
-"""A chat endpoint of our own on this machine, which answers what a test tells it to."""
+"""A chat endpoint of our own on this machine, which answers what a test tells it to, and a judge that asks it."""
 
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+from loramix.evaluation.chat_endpoint import CachedChat, Endpoint
+from loramix.evaluation.judge import Answered, Judge
+
+KEY = "sk-never-shown"
+ANSWERS = [Answered(f"question {n}", f"reference {n}", f"answer {n}") for n in range(5)]
 Said = tuple[int, object, dict[str, str]]
 
 
@@ -50,3 +58,40 @@ def _completion(text: str) -> dict:
         "choices": [{"message": {"role": "assistant", "content": text}}],
         "usage": {"prompt_tokens": 100, "completion_tokens": 10},
     }
+
+
+@contextmanager
+def endpoints() -> Iterator[Callable[..., FakeEndpoint]]:
+    """Yields a function that starts an endpoint; all of them are stopped at the end."""
+    started: list[FakeEndpoint] = []
+
+    def start(answer: Callable[[dict, int], str | Said]) -> FakeEndpoint:
+        one = FakeEndpoint(answer)
+        threading.Thread(target=one.server.serve_forever, args=(0.01,), daemon=True).start()
+        started.append(one)
+        return one
+
+    yield start
+    for one in started:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+def judge_at(one: FakeEndpoint, tmp_path: Path, waits: list[float] | None = None, **how: object) -> Judge:
+    endpoint = Endpoint(one.url, "gpt-fake", KEY, input_price=2.0, output_price=10.0)
+    kept = waits if waits is not None else []
+    return Judge(CachedChat(endpoint, tmp_path / "judge.jsonl", sleep=kept.append, **{"workers": 1, **how}))
+
+
+def score_reply(points: object) -> str:
+    return json.dumps({"reason": "so", "score": points})
+
+
+def winner_reply(name: str) -> str:
+    return json.dumps({"reason": "so", "winner": name})
+
+
+def shown(body: dict, name: str) -> str:
+    """Returns what stands between the marks of one text of a request."""
+    (found,) = re.findall(rf"<<{name} [0-9a-f]+>>\n(.*?)\n<</{name} [0-9a-f]+>>", body["messages"][1]["content"], re.S)
+    return found

@@ -63,8 +63,8 @@ PAIRS: dict[str, tuple[dict[str, Any], str, str]] = {
         "def f(): ...",
     ),
     "GAOKAO, choice": (
-        {"question": "1．选（ ）\nA．一 B．二", "answer": ["A"], "analysis": " 一是一。\n", "year": "2020"},
-        "1．选（ ）\nA．一 B．二",
+        {"question": "1 选\nA 一 B 二", "answer": ["A"], "analysis": " 一是一。\n", "year": "2020"},
+        "1 选\nA 一 B 二",
         "【答案】A\n【解析】一是一。",
     ),
     "GAOKAO, several": (
@@ -116,8 +116,9 @@ def test_same_question_with_other_answers_stays(tmp_path):
 
 
 def test_html_becomes_lines():
-    html = "<p>Given&nbsp;<code>n</code>,\n return it.</p>\n<ul>\n\t<li>1 &lt;= n</li>\n</ul><pre><b>In:</b> 3\nOut: 4</pre>"
-    assert plain_text(html) == "Given n, return it.\n- 1 <= n\nIn: 3\nOut: 4"
+    html = "<p>Given&nbsp;<code>n</code>,\n return it.</p>\n<ul>\n\t<li> 1 &lt;= n</li>\n</ul>"
+    html += "<pre><b>In:</b> 3\n  x\n</pre> a &"
+    assert plain_text(html) == "Given n, return it.\n- 1 <= n\nIn: 3\n  x\na &"
 
 
 def test_rows_under_example(tmp_path):
@@ -149,7 +150,9 @@ def test_flans_tables_have_no_header(tmp_path):
     assert problems == [f"{path}:3: has 2 fields, expected question, answer, reason."]
 
 
-@pytest.mark.parametrize("header", ["query\tresponse\tsource", "instruction\toutput\tid", "Input\ttarget\twhy it is so"])
+@pytest.mark.parametrize(
+    "header", ["query\tresponse\tsource", "instruction\toutput\tid", "Input\ttarget\twhy it is so"]
+)
 def test_a_header_of_three_columns_is_a_header(header, tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text(f"{header.lower()}\nQ one\tA one\tx y\n")

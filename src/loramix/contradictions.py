@@ -110,6 +110,11 @@ def _data_contradictions(experiment: Experiment) -> list[str]:
     found += [f"data.domains: {wrong}" for domain in data.domains if (wrong := name_problem(domain))]
     found += [f"data.unseen: {wrong}" for domain in data.unseen if (wrong := name_problem(domain))]
     found += [f"data.unseen: {d} is a domain too. Give it another name." for d in data.unseen if d in data.domains]
+    found += [
+        f"data.split_in.{domain} = {parts}: expected a domain and a number from 2."
+        for domain, parts in data.split_in.items()
+        if parts < 2 or (data.path is None and domain not in data.domains)
+    ]
     for name in ("max_train_examples", "max_test_examples"):
         known = None if data.path is not None else {*data.domains, *data.unseen}
         found += _limit_problems(name, getattr(data, name), known)

@@ -181,6 +181,16 @@ def _validated(settled: Mapping[str, Any], problems: Problems) -> Experiment | N
     return experiment
 
 
+def typed(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stage's settings with every value of its right type; what cannot be read is left to `build`."""
+    defaults = asdict(TrainingSettings())
+    found = {}
+    for key, value in stage.items():
+        right = _as_type(value, type(defaults[key])) if key in defaults else None
+        found[key] = value if right is None else right
+    return found
+
+
 def _as_type(value: Any, wanted: type) -> Any:
     """Returns the value as the wanted type, or None. YAML reads 1e-4 as text, so numbers are read from text too."""
     if wanted is bool or isinstance(value, bool):

@@ -13,7 +13,9 @@ from loramix.adapter_settings import adapter_config
 from loramix.data.collation import Example
 from loramix.data.domains import Cut, Split, encode_domain, read_domains, read_unseen
 from loramix.data.mixing import domain_shares
+from loramix.data.overlap import Overlap, find_overlap, without_leaks
 from loramix.data.records import Record
+from loramix.data.relabel import deal, flip_labels, hide_labels
 from loramix.environment import environment
 from loramix.errors import ConfigError, DataError, Problems
 from loramix.experiment import as_yaml
@@ -23,6 +25,8 @@ from loramix.run_folder import RunFolder, write_json
 from loramix.settings import DataSettings, Experiment
 from loramix.tuner import check_fit
 
+OVERLAP = "overlap between parts"
+"""Key of data.json; longer than any use for a domain's name makes likely."""
 UNSEEN = -1
 """Domain id of examples whose domain has no expert."""
 
@@ -35,12 +39,14 @@ class Encoded:
         train, held: examples to learn and to measure, by domain, in the order of `domain_ids`.
         unseen: examples of domains that are measured and never learned.
         counts: rows, tokens and cuts by domain and split, for data.json.
+        overlap: test rows that occur in training data; see data/overlap.py.
     """
 
     train: dict[str, list[Example]]
     held: dict[str, list[Example]]
     unseen: dict[str, list[Example]]
     counts: dict[str, Any]
+    overlap: list[dict[str, Any]]
 
     def shares(self, data: DataSettings) -> dict[str, float]:
         """Returns each domain's share of a mixture."""
@@ -114,8 +120,9 @@ def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Pr
         run.create()
         run.config.write_text(as_yaml(_anchored(experiment)), encoding="utf-8")
         write_json(run.environment, environment())
-        write_json(run.data, data.counts)
+        write_json(run.data, {**data.counts, OVERLAP: data.overlap} if data.overlap else data.counts)
     _report_cuts(data.counts, console)
+    _report_overlap(data.overlap, console)
     return Prepared(experiment, run, base, tokenizer, data, console)
 
 
@@ -127,6 +134,7 @@ def encode_all(experiment: Experiment, tokenizer: Any) -> Encoded:
     """
     data = experiment.data
     splits, unseen = read_all(experiment)
+    splits, leaks = _changed(splits, data, experiment.seed if data.seed is None else data.seed)
     train: dict[str, list[Example]] = {}
     held: dict[str, list[Example]] = {}
     counts: dict[str, Any] = {}
@@ -140,7 +148,31 @@ def encode_all(experiment: Experiment, tokenizer: Any) -> Encoded:
         never[domain], cut = encode_domain(tokenizer, records, UNSEEN, **how)
         counts[domain] = {"test": _counts(never[domain], cut)}
     _check_not_empty(train, {**held, **never}, data.max_length)
-    return Encoded(train, held, never, counts)
+    return Encoded(train, held, never, counts, [overlap.as_dict() for overlap in leaks])
+
+
+def _changed(splits: dict[str, Split], data: DataSettings, seed: int) -> tuple[dict[str, Split], list[Overlap]]:
+    """Returns the splits as they are to be learned, and what of the test data occurs in training data.
+
+    Raises:
+        DataError: there is such an overlap and data.overlap is "error".
+    """
+    leaks = find_overlap(splits) if data.overlap != "ignore" else []
+    if data.overlap == "drop":
+        splits = without_leaks(splits, leaks)
+    problems = Problems("the data")
+    for leak in leaks if data.overlap == "error" else []:
+        if leak.sides == "train-test":
+            first = f"{leak.examples[0][0]} and {leak.examples[0][1]}"
+            problems.add(
+                f"{leak.count} of {leak.of} test rows of {leak.test!r} occur in the training data of {leak.train!r} "
+                f"({leak.kind}), for example {first}. Remove them, or set data.overlap to drop or report."
+            )
+    problems.raise_as(DataError)
+    splits = deal(splits, data.split_in)
+    if data.missing_labels:
+        splits, _ = hide_labels(splits, data.missing_labels, seed, data.missing)
+    return flip_labels(splits, data.label_noise, seed) if data.label_noise else splits, leaks
 
 
 def read_all(experiment: Experiment) -> tuple[dict[str, Split], dict[str, list[Record]]]:
@@ -234,6 +266,18 @@ def _check_not_empty(train: dict[str, list[Example]], held: dict[str, list[Examp
                     f"domain {domain!r} has no {name} example left within max_length = {max_length}. Raise max_length."
                 )
     problems.raise_as(DataError)
+
+
+def _report_overlap(overlap: Sequence[Mapping[str, Any]], console: Console) -> None:
+    for one in overlap:
+        if one["sides"] == "train-test":
+            console.print(
+                f"leak: {one['count']} of {one['of']} test rows of {one['test']} occur in the training data of "
+                f"{one['train']} ({one['kind']}), for example {one['examples'][0][0]} and {one['examples'][0][1]}; "
+                "data.overlap=drop leaves them out of training",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _report_cuts(counts: dict[str, Any], console: Console) -> None:

@@ -53,6 +53,16 @@ class DataSettings(_Section):
     max_train_examples: Most = None
     """For every domain, or by domain: the ratio of data between tasks."""
     max_test_examples: Most = None
+    overlap: Literal["report", "drop", "error", "ignore"] = "report"
+    """What is done about training rows that occur in test data, word for word or nearly."""
+    split_in: dict[str, int] = Field(default_factory=dict)
+    """Domain -> how many domains its rows are dealt out to: near-duplicate domains, to study them."""
+    label_noise: float = Field(0.0, ge=0, lt=1)
+    """Share of every domain's training rows that get another domain's label, to study it."""
+    missing_labels: float = Field(0.0, ge=0, lt=1)
+    """Share of every domain's training rows whose label is hidden, to study it."""
+    missing: Literal["drop", "classify"] = "drop"
+    """What is done with rows whose label is hidden: left out, or labelled by a text classifier."""
     unseen: dict[str, Source] = Field(default_factory=dict)
     """Domains that are measured and never learned."""
     seed: int | None = None

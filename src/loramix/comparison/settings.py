@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loramix.errors import ConfigError, Problems, did_you_mean
-from loramix.experiment import build, read_yaml, settle
+from loramix.experiment import build, read_yaml, settle, typed
 from loramix.methods import METHODS
 from loramix.settings import BUILTIN, Experiment
 
@@ -67,7 +67,7 @@ class Shared(_Section):
     seeds: list[int] = Field(default=[0], min_length=1)
     settings: list[Setting] = Field(default=["mixture"], min_length=1)
     methods: dict[str, dict[str, Any] | None] = Field(min_length=1)
-    measure: MeasureSettings = MeasureSettings()
+    measure: MeasureSettings = Field(default_factory=lambda: MeasureSettings.model_validate({}))
     against: str | None = None
     """The row id that all others are tested against, "lora/mixture" for example; by default the first mixture."""
 
@@ -205,7 +205,7 @@ def _row(label: str, given: dict[str, Any], common: dict[str, Any], shared: Shar
         return None, [f"method = {method!r}: no such method.{did_you_mean(method, known)} Known: {', '.join(known)}."]
     settings, wrong = _row_settings(method, given.get("settings"), shared)
     stages = tuple(
-        {**common.get("training", {}), **common.get(stage, {}), **own.get("training", {}), **own.get(stage, {})}
+        typed({**common.get("training", {}), **common.get(stage, {}), **own.get("training", {}), **own.get(stage, {})})
         for stage in ("expert_stage", "joint_stage")
     )
     mapping = _merged(common, own)
@@ -220,7 +220,7 @@ def _row(label: str, given: dict[str, Any], common: dict[str, Any], shared: Shar
         experiment = build(mapping, where=label).experiment
     except ConfigError as error:
         return None, wrong + [line.strip() for line in str(error).splitlines()[1:]]
-    return Row(label, method, settings, experiment, (dict(stages[0]), dict(stages[1]))), wrong
+    return Row(label, method, settings, experiment, (stages[0], stages[1])), wrong
 
 
 def _row_settings(

@@ -83,7 +83,7 @@ def summarise(comparison: Comparison, planned: Plan, files: Mapping[str, Path], 
         "domains": domains,
         "unseen": unseen,
         "data": counts,
-        "overlap": [],
+        "overlap": _overlap(planned, runner),
         "metrics": _metrics(lines, [*domains, *unseen]),
         "rows": rows,
         "paired": _paired(comparison, lines, domains, draws),
@@ -132,6 +132,12 @@ def _domains(planned: Plan, runner: CellRunner) -> tuple[list[str], list[str], d
         unseen.update(dict.fromkeys(data.unseen))
         counts = {**data.counts, **counts}
     return list(domains), list(unseen), counts
+
+
+def _overlap(planned: Plan, runner: CellRunner) -> list[dict[str, Any]]:
+    """Returns the overlaps between parts of all data the rows use, each once."""
+    found = [one for cell in planned.cells.values() for one in runner.encoded(cell.experiment).overlap]
+    return list({json.dumps(one, sort_keys=True): one for one in found}.values())
 
 
 def _metrics(lines: Sequence[Line], domains: Sequence[str]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ _LAYOUTS: tuple[tuple[set[str], Callable[[Row], list[Any] | None]], ...] = (
 
 
 class _Text(HTMLParser):
-    """Collects the text of HTML; blocks begin new lines, and only in <pre> do the text's own line breaks count."""
+    """Collects the text of HTML; blocks begin new lines, and only in <pre> do blanks and line breaks count."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -137,12 +137,17 @@ class _Text(HTMLParser):
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
-        self.parts.append(data if self.verbatim else re.sub(r"\s+", " ", data))
+        text = data if self.verbatim else re.sub(r"\s+", " ", data)
+        if not self.verbatim and (not self.parts or self.parts[-1].endswith((" ", "\n"))):
+            text = text.lstrip()
+        if text:
+            self.parts.append(text)
 
 
 def plain_text(html: str) -> str:
-    """Returns the text of an HTML fragment, one line a block, powers as ^."""
+    """Returns the text of an HTML fragment, one line a block, no empty ones, powers as ^."""
     reader = _Text()
     reader.feed(html)
-    lines = (" ".join(line.split()) for line in "".join(reader.parts).splitlines())
-    return "\n".join(line for line in lines if line)
+    reader.close()  # hands over what follows the last tag
+    lines = "".join(reader.parts).replace("\xa0", " ").split("\n")
+    return "\n".join(line.rstrip() for line in lines if line.strip())

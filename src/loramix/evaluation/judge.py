@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,11 +94,9 @@ class Judge:
 
     def estimate(self, answers: Sequence[Answered] = (), pairs: Sequence[Pair] = ()) -> Cost:
         """Returns about what `scores` and `compare` will cost. Sends nothing."""
-        endpoint = self.chat.endpoint
-        return self.chat.estimate(
-            [_score_request(endpoint, one) for one in answers]
-            + [_pair_request(endpoint, order) for pair in pairs for order in _both_orders(pair)]
-        )
+        unequal = [pair for pair in pairs if pair.first != pair.second]
+        scored = [_score_request(self.chat.endpoint, one) for one in answers]
+        return self.chat.estimate(scored + self._pair_requests(unequal))
 
     def scores(self, answers: Sequence[Answered]) -> list[float | None]:
         """Returns a score from 0 to 100 for each answer; None where the verdict could not be read, twice.
@@ -115,15 +113,20 @@ class Judge:
         return Measured("judge", self.signature(), [[0.0, 0.0] if s is None else [s / 100, 1.0] for s in scores])
 
     def compare(self, pairs: Sequence[Pair]) -> list[PairVerdict]:
-        """Returns the better answer of each pair: asked in both orders, and only what both say counts.
+        """Returns the better answer of each pair: asked in both orders, and only what both say counts. Equal answers
+        are a tie that nobody is asked about.
 
         Raises:
             ConfigError: the endpoint refuses or cannot be reached.
         """
-        endpoint = self.chat.endpoint
-        asked = [_pair_request(endpoint, order) for pair in pairs for order in _both_orders(pair)]
-        said = self._verdicts(asked, read_winner)
-        return [_settled(said[i], said[i + 1]) for i in range(0, len(said), 2)]
+        unequal = list(dict.fromkeys(pair for pair in pairs if pair.first != pair.second))
+        said = self._verdicts(self._pair_requests(unequal), read_winner)
+        settled = {pair: _settled(said[2 * i], said[2 * i + 1]) for i, pair in enumerate(unequal)}
+        return [settled.get(pair, PairVerdict("tie", True)) for pair in pairs]
+
+    def _pair_requests(self, pairs: Sequence[Pair]) -> list[Request]:
+        orders = [order for pair in pairs for order in (pair, _turned(pair))]
+        return [_pair_request(self.chat.endpoint, order) for order in orders]
 
     def _verdicts(self, requests: Sequence[Request], read: Callable[[str], Any]) -> list[Any]:
         """Returns what `read` makes of each reply; where that is nothing, the judge is reminded of the form, once."""
@@ -134,6 +137,58 @@ class Judge:
         for i, reply in zip(unread, self.chat.ask(again), strict=True):
             verdicts[i] = read(reply.text)
         return verdicts
+
+
+Answers = Mapping[str, Sequence[Answered]]
+"""A row's answers by domain; those of all rows to the same questions, in the same order."""
+
+
+def judge_rows(judge: Judge, rows: Mapping[str, Answers], against: str | None = None) -> dict[str, Any]:
+    """Returns what the judge says of all rows of a comparison, as plain values.
+
+    Args:
+        judge: whom to ask.
+        rows: the answers of each row.
+        against: the row that every other one is compared with in pairs; None compares none.
+
+    Returns:
+        signature; scores: row -> domain -> {mean of 0 to 100 or None, unread, stats}; pairs: row -> domain -> how often
+        it won ("first") against `against` ("second"), see `tally`; cost: of all that was asked, ever.
+
+    Raises:
+        ConfigError: the endpoint refuses or cannot be reached. What was answered is kept, so that another run goes on.
+    """
+    scores = {row: {domain: _summary(judge.measured(part)) for domain, part in by.items()} for row, by in rows.items()}
+    pairs: dict[str, dict[str, dict[str, int]]] = {}
+    for row, by in rows.items():
+        if against is None or row == against:
+            continue
+        pairs[row] = {
+            domain: tally(judge.compare(_paired(part, rows[against][domain])))
+            for domain, part in by.items()
+            if domain in rows[against]
+        }
+    cost = judge.chat.cost()
+    spent = {"requests": cost.requests, "input_tokens": cost.input_tokens, "output_tokens": cost.output_tokens}
+    return {
+        "signature": judge.signature(),
+        "scores": scores,
+        "against": against,
+        "pairs": pairs,
+        "cost": {**spent, "money": round(cost.money, 6)},
+    }
+
+
+def _summary(measured: Measured) -> dict[str, Any]:
+    points, read = (sum(column) for column in zip(*measured.stats, strict=True)) if measured.stats else (0.0, 0.0)
+    unread = len(measured.stats) - round(read)
+    return {"mean": 100 * points / read if read else None, "unread": unread, "stats": measured.stats}
+
+
+def _paired(answers: Sequence[Answered], others: Sequence[Answered]) -> list[Pair]:
+    return [
+        Pair(one.question, one.reference, one.answer, other.answer) for one, other in zip(answers, others, strict=True)
+    ]
 
 
 def tally(verdicts: Sequence[PairVerdict]) -> dict[str, int]:
@@ -176,8 +231,8 @@ def _settled(as_given: str | None, turned: str | None) -> PairVerdict:
     return PairVerdict(first if first == second else "tie", first == second)
 
 
-def _both_orders(pair: Pair) -> tuple[Pair, Pair]:
-    return pair, Pair(pair.question, pair.reference, pair.second, pair.first)
+def _turned(pair: Pair) -> Pair:
+    return Pair(pair.question, pair.reference, pair.second, pair.first)
 
 
 def _score_request(endpoint: Endpoint, one: Answered) -> Request:

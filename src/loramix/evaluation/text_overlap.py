@@ -1,8 +1,8 @@
 """How much of a reference an answer has: BLEU, ROUGE-L, and the recipe of Chinese fine-tuning code.
 
 BLEU is sacrebleu's corpus BLEU with the tokenizer of the language. ROUGE-L is rouge-score's, with a tokenizer that
-keeps Chinese: its own drops every character that is not a Latin letter or digit, and scores 0.0 on Chinese. The GLM recipe
-(ChatGLM's p-tuning script, copied by LLaMA-Factory and others; methods.md 4.2) is run by the libraries it names.
+keeps Chinese: its own drops every character that is not a Latin letter or digit, and scores 0.0 on Chinese. The GLM
+recipe (ChatGLM's p-tuning script, copied by LLaMA-Factory and others; methods.md 4.2) is run by the libraries it names.
 """
 
 from __future__ import annotations
