@@ -164,6 +164,9 @@ def test_letters_that_begin_alike_cannot_be_compared():
         ("答案是B", 1),
         ("答案\uff1aD", 3),
         ("B. the moon", 1),
+        ("故选B。", 1),
+        ("答案D", 3),
+        ("答案是\uff1aD", 3),
         ("I think it is C", 2),
         ("A dog", 2),
         ("A cat", None),
@@ -178,6 +181,11 @@ def test_letters_that_begin_alike_cannot_be_compared():
 )
 def test_letters_are_read_out_of_answers(answer, position):
     assert letter(answer, OPTIONS[:4]) == position
+
+
+def test_an_answer_that_is_an_options_text_names_it_whatever_letters_it_holds():
+    assert letter("Vitamin C", ("Vitamin C", "Vitamin D", "salt")) == 0
+    assert letter("B", ("B", "A", "salt")) == 1
 
 
 def test_generated_choices_count_only_questions_with_options():
@@ -203,6 +211,10 @@ def test_generated_choices_count_only_questions_with_options():
         ("costs $.75", ".75"),
         ("x = -7", "-7"),
         ("18.0", "18.0"),
+        ("from 10-5", "5"),
+        ("(-5)", "-5"),
+        ("\u22127", "-7"),
+        ("#### 18\n\nQuestion: ...\n#### 19", "18"),
         ("50%", "50"),
         ("no number", None),
         ("#### none", None),

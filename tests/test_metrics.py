@@ -21,6 +21,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from loramix.errors import ConfigError
+from loramix.evaluation import text_overlap
 from loramix.evaluation.metrics import METRICS, perplexity_measured, value_of
 from loramix.evaluation.scoring import Score, perplexity
 from loramix.evaluation.text_overlap import CharactersAndWords, language_of, text_metric
@@ -175,7 +176,7 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch, library)
 def test_jieba_says_nothing(capfd):
     jieba = pytest.importorskip("jieba")
     jieba.setLogLevel(10)
-    jieba.dt.initialized = False
+    text_overlap._segmenter.cache_clear()
     text_metric("glm_rouge_l", ["机器学习"], ["机器学习"], "zh")
     written = capfd.readouterr()
     assert (written.out, written.err) == ("", "")

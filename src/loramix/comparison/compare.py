@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from loramix.comparison.judging import judged
 from loramix.comparison.launch import Launcher, Outcome, run_cells, workers_for
+from loramix.comparison.lines import Line
 from loramix.comparison.plan import Cell, Plan, plan
 from loramix.comparison.progress import CellProgress
 from loramix.comparison.runner import CellRunner
 from loramix.comparison.settings import Comparison
-from loramix.comparison.summary import summarise
+from loramix.comparison.summary import reference_of, summarise
 from loramix.errors import ConfigError
 from loramix.methods import method_named
 from loramix.models import load_skeleton
@@ -61,13 +63,19 @@ def compare(comparison: Comparison, console: Console, *, launcher: Launcher = "l
 
 
 def _compare(comparison: Comparison, console: Console, launcher: Launcher, jobs: int, out: Path) -> Compared:
-    runner = CellRunner(out / "cells", comparison.shared.measure)
+    runner = CellRunner(comparison.cells, comparison.shared.measure)
     planned = plan(comparison, runner.encoded)
     _check_fits(planned)
     files = {name: runner.measured_file(cell) for name, cell in planned.cells.items()}
     done = [name for name, file in files.items() if file.is_file()]
     failed = _run(planned, done, runner, console, launcher, jobs)
-    results = summarise(comparison, planned, files, runner)
+
+    def judge(lines: Sequence[Line]) -> dict[str, Any] | None:
+        reference = reference_of(comparison, lines)
+        against = None if reference is None else reference.id
+        return judged(comparison.shared.measure.judge, lines, against, out / "judge.jsonl", console)
+
+    results = summarise(comparison, planned, files, runner, judge)
     write_json(out / RESULTS, results)
     return Compared(results, failed)
 
@@ -108,7 +116,7 @@ def _run(
 
 def dry_run(comparison: Comparison) -> tuple[Mapping[str, Cell], list[str]]:
     """Returns the cells a comparison would run and the names of those that are finished; trains nothing."""
-    runner = CellRunner(Path(comparison.shared.output_dir) / "cells", comparison.shared.measure)
+    runner = CellRunner(comparison.cells, comparison.shared.measure)
     planned = plan(comparison, runner.encoded)
     _check_fits(planned)
     return planned.cells, [n for n, cell in planned.cells.items() if runner.measured_file(cell).is_file()]

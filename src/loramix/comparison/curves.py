@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loramix.comparison.lines import Line
 from loramix.comparison.plan import Plan
 from loramix.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from loramix.comparison.summary import Line
 
 
 def curves_of(lines: Sequence[Line], planned: Plan, files: Mapping[str, Path]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class _RowPlan:
         kept["layers_to_transform"] = adapter.get("layers_to_transform")
         targets = adapter["target_modules"]
         kept["target_modules"] = targets if isinstance(targets, str) or targets is None else sorted(targets)
-        fields = self.experiment.adapter.model_fields
+        fields = type(self.experiment.adapter).model_fields
         settings = {name: value for name, value in kept.items() if name in fields}
         experiment = self.experiment.model_copy(
             update={

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 
 from loramix.budget import expert_settings
@@ -84,8 +85,12 @@ class CellRunner:
             ModelError: the training diverged, or an expert it starts from is missing.
         """
         file = self.measured_file(cell)
-        if file.is_file():
-            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.parent / ".lock"):  # another comparison may share this folder of cells
+            if not file.is_file():
+                self._run(cell, file)
+
+    def _run(self, cell: Cell, file: Path) -> None:
         prepared = self._prepared(cell)
         model = self._trained(prepared, cell)
         content = measure_cell(prepared, model, cell, self.measure)

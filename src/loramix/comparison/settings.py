@@ -62,6 +62,9 @@ class Shared(_Section):
     """What belongs to the comparison itself; everything else in its file are settings of an experiment."""
 
     output_dir: str
+    cells: str | None = None
+    """Folder of the trained and measured cells, by default OUT/cells. Comparisons that share it share what they have in
+    common, also at the same time."""
     title: str = "Comparison"
     bases: list[str] = Field(default_factory=list)
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -95,6 +98,11 @@ class Comparison:
     rows: tuple[Row, ...]
 
     @property
+    def cells(self) -> Path:
+        """The folder of all cells."""
+        return Path(self.shared.cells or Path(self.shared.output_dir) / "cells")
+
+    @property
     def bases(self) -> list[str]:
         return self.shared.bases
 
@@ -109,7 +117,7 @@ class Comparison:
             row.label: {"method": row.method, "settings": list(row.settings), **_telling(row.experiment)}
             for row in self.rows
         }
-        return {**self.shared.model_dump(exclude={"output_dir", "methods"}), "methods": rows}
+        return {**self.shared.model_dump(exclude={"output_dir", "cells", "methods"}), "methods": rows}
 
 
 def _telling(experiment: Experiment) -> dict[str, Any]:
@@ -139,7 +147,22 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> LoadedCo
     Raises:
         ConfigError: all problems of the file and of every row together.
     """
-    return build_comparison(read_yaml(path), overrides, where=str(path))
+    return build_comparison(_read(Path(path)), overrides, where=str(path))
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Returns a file's content over that of the file it extends, if any; `methods` are replaced as a whole."""
+    content = read_yaml(path)
+    extended = content.pop("extends", None)
+    if extended is None:
+        return content
+    parent = (path.parent / str(extended)).resolve()
+    if parent in below or parent == path.resolve():
+        raise ConfigError(f"{path}: extends itself, by way of {extended}. Remove one `extends`.")
+    found = _read(parent, (*below, path.resolve()))
+    if "methods" in content:
+        found.pop("methods", None)
+    return _merged(found, content)
 
 
 def build_comparison(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,8 +14,9 @@ import numpy as np
 
 from loramix.comparison.costs import cost_of
 from loramix.comparison.curves import curves_of
+from loramix.comparison.lines import Line, lines_of
 from loramix.comparison.measuring import OWN
-from loramix.comparison.plan import Entry, Plan, short_name
+from loramix.comparison.plan import Plan
 from loramix.comparison.routing_summary import classifier_baseline, routing_of, use_of
 from loramix.comparison.runner import CellRunner
 from loramix.comparison.settings import Comparison
@@ -28,41 +29,13 @@ FORMAT = "loramix comparison 1"
 TITLES = {"base": "the base", "lora-long": "LoRA, as long"}
 
 
-@dataclass
-class Line:
-    """One row of the table: a label in one setting, on one base, under one routing.
-
-    Attributes:
-        id: "moa/mixture", "moa/mixture/oracle", "base".
-        cells: seed -> domain (None for a cell of all domains) -> what was measured.
-    """
-
-    id: str
-    base: str
-    label: str
-    method: str
-    setting: str
-    routing: str | None
-    cells: dict[int, dict[str | None, dict[str, Any]]]
-    entries: list[Entry]
-
-    def stats(self, metric: str, domain: str) -> dict[int, list[list[float]]]:
-        """Returns seed -> one vector for each example of a domain, for the seeds that have it."""
-        found = {}
-        for seed, by_domain in self.cells.items():
-            measured = by_domain.get(domain, by_domain.get(None))
-            part = (measured or {}).get("routings", {}).get(self.routing or OWN, {}).get(domain, {}).get(metric)
-            if part is not None:
-                found[seed] = part["stats"]
-        return found
-
-    @property
-    def first(self) -> dict[str, Any] | None:
-        """What was measured of the cell of all domains, in the first seed that has it."""
-        return next((cells[None] for cells in self.cells.values() if None in cells), None)
-
-
-def summarise(comparison: Comparison, planned: Plan, files: Mapping[str, Path], runner: CellRunner) -> dict[str, Any]:
+def summarise(
+    comparison: Comparison,
+    planned: Plan,
+    files: Mapping[str, Path],
+    runner: CellRunner,
+    judge_of: Callable[[Sequence[Line]], dict[str, Any] | None],
+) -> dict[str, Any]:
     """Returns the content of comparison.json; see docs/compare.md.
 
     Args:
@@ -70,8 +43,9 @@ def summarise(comparison: Comparison, planned: Plan, files: Mapping[str, Path], 
         planned: its cells and where they belong.
         files: cell -> where its measurements lie if it is finished.
         runner: gives the encoded data.
+        judge_of: asks a judge about the answers, if there is one.
     """
-    lines = _lines(comparison, planned, files)
+    lines = lines_of(comparison, planned, files)
     domains, unseen, counts = _domains(planned, runner)
     draws = Draws(comparison.shared.measure.resamples)
     rows = [_row(line, domains, unseen, draws, planned, files) for line in lines]
@@ -93,32 +67,8 @@ def summarise(comparison: Comparison, planned: Plan, files: Mapping[str, Path], 
         "similarity": {line.id: alike for line in lines if line.routing is None and (alike := _similarity(line))},
         "curves": curves_of(lines, planned, files),
         "examples": _examples(lines),
-        "judge": None,
+        "judge": judge_of(lines),
     }
-
-
-def _lines(comparison: Comparison, planned: Plan, files: Mapping[str, Path]) -> list[Line]:
-    by_row: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
-    for entry in planned.entries:
-        by_row[entry.base, entry.label, entry.setting].append(entry)
-    method_of = {row.label: row.method for row in comparison.rows}
-    several = len(comparison.bases) > 1
-    read: dict[str, dict[str, Any]] = {
-        name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()
-    }
-    lines = []
-    for (base, label, setting), entries in by_row.items():
-        cells: dict[int, dict[str | None, dict[str, Any]]] = defaultdict(dict)
-        for entry in entries:
-            if entry.cell in read:
-                cells[entry.seed][entry.domain] = read[entry.cell]
-        name = "/".join(([short_name(base)] if several else []) + [label] + ([setting] if setting != "none" else []))
-        line = Line(name, short_name(base), label, method_of[label], setting, None, dict(cells), entries)
-        lines.append(line)
-        for routing in ("oracle", "extracted"):
-            if any(routing in one["routings"] for by_domain in cells.values() for one in by_domain.values()):
-                lines.append(replace(line, id=f"{name}/{routing}", routing=routing))
-    return lines
 
 
 def _domains(planned: Plan, runner: CellRunner) -> tuple[list[str], list[str], dict[str, Any]]:
@@ -218,9 +168,7 @@ def _paired(
     comparison: Comparison, lines: Sequence[Line], domains: Sequence[str], draws: Draws
 ) -> list[dict[str, Any]]:
     """Returns the tests of every row against one, on the seeds and domains both have."""
-    mixtures = [line.id for line in lines if line.setting == "mixture" and line.routing is None]
-    wanted = comparison.shared.against or next((i for i in mixtures if i.endswith("lora/mixture")), None)
-    reference = next((line for line in lines if line.id == (wanted or (mixtures or [""])[0])), None)
+    reference = reference_of(comparison, lines)
     if reference is None:
         return []
     found = []
@@ -230,6 +178,13 @@ def _paired(
             if tested:
                 found.append({"metric": metric, "row": line.id, "against": reference.id, **tested})
     return found
+
+
+def reference_of(comparison: Comparison, lines: Sequence[Line]) -> Line | None:
+    """Returns the row that others are tested against: as set, else the mixed LoRA, else the first mixture."""
+    mixtures = [line.id for line in lines if line.setting == "mixture" and line.routing is None]
+    wanted = comparison.shared.against or next((i for i in mixtures if i.endswith("lora/mixture")), None)
+    return next((line for line in lines if line.id == (wanted or (mixtures or [""])[0])), None)
 
 
 def _differences(

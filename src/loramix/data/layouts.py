@@ -50,6 +50,34 @@ def _llm_adapters(row: Row) -> list[Any] | None:
     return [{"question": found.group(1), "choices": options, "answer": int(said.group(1)) - 1}]
 
 
+def _openbookqa(row: Row) -> list[Any]:
+    """OpenBookQA as the Hub has it: the question is called question_stem; the fact it rests on is left out."""
+    return [{"question": row["question_stem"], "choices": row["choices"], "answer": row["answerKey"]}]
+
+
+def _mctest_hub(row: Row) -> list[Any] | None:
+    """MCTest as the Hub has it: options by letter."""
+    options = row["answer_options"]
+    if not isinstance(options, Mapping):
+        return None
+    return [
+        {
+            "context": row["story"],
+            "question": row["question"],
+            "choices": list(options.values()),
+            "answer": row["answer"],
+        }
+    ]
+
+
+def _webgpt(row: Row) -> list[Any] | None:
+    """WebGPT's comparisons: the answer people preferred is learned."""
+    question = row["question"]
+    asked = question.get("full_text") if isinstance(question, Mapping) else question
+    better = "answer_0" if float(row["score_0"]) >= float(row["score_1"]) else "answer_1"
+    return [{"prompt": asked, "completion": row[better]}]
+
+
 def _conala(row: Row) -> list[Any]:
     """CoNaLa: a Stack Overflow title, better worded where somebody did, and a line of Python."""
     return [{"prompt": row["rewritten_intent"] or row["intent"], "completion": row["snippet"]}]
@@ -106,6 +134,9 @@ def _with_context(row: Row) -> list[Any] | None:
 _LAYOUTS: tuple[tuple[set[str], Callable[[Row], list[Any] | None]], ...] = (
     ({"article", "questions", "options", "answers"}, _race),
     ({"instruction", "answer"}, _llm_adapters),
+    ({"question_stem", "choices", "answerKey"}, _openbookqa),
+    ({"story", "question", "answer_options", "answer"}, _mctest_hub),
+    ({"question", "answer_0", "answer_1", "score_0", "score_1"}, _webgpt),
     ({"intent", "rewritten_intent", "snippet"}, _conala),
     (_MEDICAL, _medical),
     ({"code", "api_call", "provider"}, _gorilla),

@@ -10,28 +10,33 @@ from decimal import Decimal, InvalidOperation
 from loramix.evaluation.metrics import Measured
 
 _STATED = re.compile(
-    r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b|【答案】\s*([A-Z])|答案[是为\uff1a:]\s*([A-Z])"
+    r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b|【答案】\s*([A-Z])|答案[是为]?[\uff1a:]?\s*([A-Z])"
 )
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
-_MARKED = re.compile(r"####\s*(-?\$?[\d,]*\.?\d+)")
+# Not \w: in "故选B" a Chinese character stands before the letter.
+_ALONE = re.compile(r"(?<![A-Za-z0-9_'])([A-Z])(?![A-Za-z0-9_'])")
+# A minus behind a digit or letter is none: "10-5" ends in 5.
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_MARKED = re.compile(r"####\s*([-\u2212]?\$?[\d,]*\.?\d+)")
 
 
 def letter(answer: str, options: Sequence[str]) -> int | None:
     """Returns the position of the option an answer names, or None.
 
-    In this order: a stated letter ("The answer is B", "【答案】B"), the first letter that stands alone, an answer
-    that is the text of one option (case and outer punctuation aside). Letters beyond the options do not count.
+    In this order: an answer that is the text of one option (case and outer punctuation aside), a stated letter ("The
+    answer is B", "【答案】B"), the first letter that stands alone. Letters beyond the options do not count.
     """
     letters = string.ascii_uppercase[: len(options)]
+    texts = [_bare(option) for option in options]
+    if texts.count(_bare(answer)) == 1 and answer.strip() not in letters:
+        return texts.index(_bare(answer))
     for found in _STATED.finditer(answer):
         said = next(group for group in found.groups() if group)
         if said in letters:
             return letters.index(said)
-    for found in re.finditer(r"(?<![\w'])([A-Z])(?![\w'])", answer):
+    for found in _ALONE.finditer(answer):
         if found.group(1) in letters and not _is_word(answer, found):
             return letters.index(found.group(1))
-    texts = [_bare(option) for option in options]
-    return texts.index(_bare(answer)) if texts.count(_bare(answer)) == 1 else None
+    return None
 
 
 def _is_word(answer: str, found: re.Match[str]) -> bool:
@@ -44,13 +49,14 @@ def _bare(text: str) -> str:
 
 
 def number(answer: str) -> Decimal | None:
-    """Returns the number an answer ends in, or None: after "####" as GSM8K marks it, else the last number."""
-    marked = _MARKED.findall(answer)
-    found = marked or _NUMBER.findall(answer)
+    """Returns the number an answer gives, or None: the first after "####", as GSM8K's own code reads it (a model that
+    runs on may write more of them), else the last number."""
+    marked, numbers = _MARKED.findall(answer), _NUMBER.findall(answer)
+    found = marked[:1] or numbers[-1:]
     if not found:
         return None
     try:
-        return Decimal(found[-1].replace(",", "").replace("$", ""))
+        return Decimal(found[0].replace(",", "").replace("$", "").replace("\u2212", "-"))
     except InvalidOperation:
         return None
 

@@ -82,6 +82,7 @@ METRICS: dict[str, Metric] = {
     "choice": Metric("Accuracy, by letter", "higher", 1, _percent),
     "choice_generated": Metric("Accuracy, generated", "higher", 1, _percent),
     "exact_number": Metric("Right number", "higher", 1, _percent),
+    "judge": Metric("Judge, 0-100", "higher", 1, _percent),
 }
 
 

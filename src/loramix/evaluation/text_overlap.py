@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from rouge_score.rouge_scorer import RougeScorer
@@ -117,4 +119,16 @@ def _chinese_libraries() -> tuple[Any, Any]:
             'metric glm_rouge_l needs jieba and rouge-chinese: pip install "loramix[chinese]".'
         ) from error
     jieba.setLogLevel(60)
-    return jieba, Rouge()
+    return _segmenter(), Rouge()
+
+
+@cache
+def _segmenter() -> Any:
+    """Returns jieba's tokenizer, ready; made once, for it takes a second."""
+    import jieba
+
+    segmenter = jieba.Tokenizer()
+    # By default jieba reads a marshalled file from the shared temporary folder, which anybody may have written.
+    with TemporaryDirectory() as segmenter.tmp_dir:
+        segmenter.initialize()
+    return segmenter

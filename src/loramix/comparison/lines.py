@@ -1,0 +1,72 @@
+"""The rows of a comparison's table, with what was measured of their cells."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loramix.comparison.measuring import OWN
+from loramix.comparison.plan import Entry, Plan, short_name
+from loramix.comparison.settings import Comparison
+
+
+@dataclass
+class Line:
+    """One row of the table: a label in one setting, on one base, under one routing.
+
+    Attributes:
+        id: "moa/mixture", "moa/mixture/oracle", "base".
+        cells: seed -> domain (None for a cell of all domains) -> what was measured.
+    """
+
+    id: str
+    base: str
+    label: str
+    method: str
+    setting: str
+    routing: str | None
+    cells: dict[int, dict[str | None, dict[str, Any]]]
+    entries: list[Entry]
+
+    def stats(self, metric: str, domain: str) -> dict[int, list[list[float]]]:
+        """Returns seed -> one vector for each example of a domain, for the seeds that have it."""
+        found = {}
+        for seed, by_domain in self.cells.items():
+            measured = by_domain.get(domain, by_domain.get(None))
+            part = (measured or {}).get("routings", {}).get(self.routing or OWN, {}).get(domain, {}).get(metric)
+            if part is not None:
+                found[seed] = part["stats"]
+        return found
+
+    @property
+    def first(self) -> dict[str, Any] | None:
+        """What was measured of the cell of all domains, in the first seed that has it."""
+        return next((cells[None] for cells in self.cells.values() if None in cells), None)
+
+
+def lines_of(comparison: Comparison, planned: Plan, files: Mapping[str, Path]) -> list[Line]:
+    by_row: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
+    for entry in planned.entries:
+        by_row[entry.base, entry.label, entry.setting].append(entry)
+    method_of = {row.label: row.method for row in comparison.rows}
+    several = len(comparison.bases) > 1
+    read: dict[str, dict[str, Any]] = {
+        name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()
+    }
+    lines = []
+    for (base, label, setting), entries in by_row.items():
+        cells: dict[int, dict[str | None, dict[str, Any]]] = defaultdict(dict)
+        for entry in entries:
+            if entry.cell in read:
+                cells[entry.seed][entry.domain] = read[entry.cell]
+        name = "/".join(([short_name(base)] if several else []) + [label] + ([setting] if setting != "none" else []))
+        line = Line(name, short_name(base), label, method_of[label], setting, None, dict(cells), entries)
+        lines.append(line)
+        for routing in ("oracle", "extracted"):
+            if any(routing in one["routings"] for by_domain in cells.values() for one in by_domain.values()):
+                lines.append(replace(line, id=f"{name}/{routing}", routing=routing))
+    return lines
