@@ -1,4 +1,4 @@
-"""lm-eval on models of every kind: its numbers against plain forwards, against its own HFLM, and from the command line."""
+"""lm-eval on models of every kind: against plain forwards, against its own HFLM, and from the command line."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from loramix.cli.main import run
 from loramix.data.choices import read_choice
 from loramix.data.collation import Example
+from loramix.data.domains import read_unseen
 from loramix.data.prompts import encode
 from loramix.data.records import Message, Record
 from loramix.errors import ConfigError, DataError
@@ -41,7 +42,7 @@ from loramix.evaluation.harness_model import HarnessModel  # noqa: E402
 RECIPES = Path(__file__).parent.parent / "recipes" / "lm_eval"
 TOKENIZER = tiny.tokenizer()
 VOCAB = len(TOKENIZER)
-WORDS = "iron moon dog seven vitamin river glass north paper stone".split()
+WORDS = ["iron", "moon", "dog", "seven", "vitamin", "river", "glass", "north", "paper", "stone"]
 
 
 def _base() -> torch.nn.Module:
@@ -80,7 +81,12 @@ def _question(number: int, options: int) -> Record:
     return Record((Message("user", prompt), Message("assistant", right)), "d", f"here:{number}", choices=choices)
 
 
+def _with_system(record: Record) -> Record:
+    return Record((Message("system", "Be brief."), *record.messages), "d", record.source, choices=record.choices)
+
+
 QUESTIONS = [_question(number, 3 + number % 3) for number in range(12)]
+QUESTIONS[4] = _with_system(QUESTIONS[4])
 
 
 def _own(model: torch.nn.Module, folder: Path, records: Sequence[Record], **how: Any) -> list[list[tuple[float, bool]]]:
@@ -123,7 +129,7 @@ def _ask(*pairs: tuple[Any, ...], kind: str = "loglikelihood") -> list[Instance]
     return [Instance(kind, {}, pair, number, (None, number, 1)) for number, pair in enumerate(pairs)]
 
 
-# ---- the same questions, asked by lm-eval and by loramix --------------------------------------------------------------
+# ---- the same questions, asked by lm-eval and by loramix -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -170,10 +176,8 @@ def test_lm_eval_and_our_own_score_choose_the_same_letters(kind: str, tmp_path: 
 
 def test_the_prompt_is_the_one_of_training():
     """A system turn, the template, and no line break moved to the answer."""
-    plain = QUESTIONS[0]
-    record = Record((Message("system", "Be brief."), *plain.messages), "d", "here", choices=plain.choices)
     asked = HarnessModel(_base(), TOKENIZER)
-    for one in (plain, record):
+    for one in (QUESTIONS[0], _with_system(QUESTIONS[0])):
         history = [{"role": m.role, "content": m.content} for m in one.messages[:-1]]
         context, answer = asked._encode_pair(asked.apply_chat_template(history), one.response)
         encoded = encode(TOKENIZER, one)
@@ -193,12 +197,12 @@ def test_a_base_without_chat_template_is_asked_as_it_was_trained():
     assert asked.apply_chat_template(turns, add_generation_prompt=False) == "how?\n\nThe answer is"
 
 
-# ---- the router ---------------------------------------------------------------------------------------------------------
+# ---- the router ------------------------------------------------------------------------------------------------------
 
 
 def test_the_router_never_sees_the_continuation():
     model = _moa()
-    contexts = [TOKENIZER(f"{word} {word[::-1]}{'!' * k}")["input_ids"] for k, word in enumerate(WORDS)]
+    contexts = [TOKENIZER(f"{word} and {chr(97 + 2 * k)}")["input_ids"] for k, word in enumerate(WORDS)]
     ends = [TOKENIZER(text)["input_ids"] for text in (" yes", " a longer ending, 0123456789", "?", " zzz")]
     pairs = [(context, end) for context in contexts for end in ends]
     found = likelihoods(
@@ -251,7 +255,7 @@ def test_experts_that_cannot_be_pinned():
     assert HarnessModel(_moa(decision="pinned"), TOKENIZER, expert="red").asking.expert == 0
 
 
-# ---- against lm-eval's own model of a plain base ------------------------------------------------------------------------
+# ---- against lm-eval's own model of a plain base ---------------------------------------------------------------------
 
 TEXTS = [
     ("How are you", " today"),
@@ -334,6 +338,17 @@ def test_answers_are_what_the_model_generates_up_to_a_stop(kind: str):
     assert cut != full
 
 
+def test_a_base_writes_as_in_lm_eval_s_own_model():
+    """Also where the context is too long and loses its beginning."""
+    how = {"max_gen_toks": 6, "do_sample": False, "until": ["\n\n"]}
+    contexts = [("short", how), ("begins far away, then comes nearer and at last ends here", how)]
+    ours = HarnessModel(_base(), TOKENIZER, max_length=24, batch_size=2)
+    theirs = HFLM(pretrained=_base(), tokenizer=TOKENIZER, max_length=24, batch_size=1)
+    found = ours.generate_until(_ask(*contexts, kind="generate_until"), disable_tqdm=True)
+    assert found == theirs.generate_until(_ask(*contexts, kind="generate_until"), disable_tqdm=True)
+    assert all(found)
+
+
 def test_no_room_for_a_prompt_is_said():
     asked = HarnessModel(_base(), TOKENIZER, max_length=20)
     with pytest.raises(ConfigError, match="up to 20 new tokens, the model reads 20"):
@@ -358,7 +373,7 @@ def test_a_token_across_the_border_leaves_something_to_score():
     assert (joined.decode(context), joined.decode(rest)) == ("Ans", "wer")
 
 
-# ---- tasks --------------------------------------------------------------------------------------------------------------
+# ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
 def test_rows_hold_all_a_task_may_ask_for():
@@ -409,11 +424,8 @@ def test_every_recipe_runs_on_local_data(task: str, tmp_path: Path):
     assert (one["samples"], one["of"], one["n_shot"], one["version"]) == (5, 8, 0, "1.0")
     by_letter = "letter" in (RECIPES / yaml.safe_load(_recipes()[task].read_text())["include"]).name
     assert set(one["metrics"]) == ({"acc"} if by_letter else {"acc", "acc_norm"})
-    # The order is the reader's: shuffled by the seed.
-    from loramix.data.domains import read_unseen
-
     right = {"acc": 0, "acc_norm": 0}
-    for row in rows_of(read_unseen({task: str(file)})[task][:5]):
+    for row in rows_of(read_unseen({task: str(file)})[task][:5]):  # shuffled by the seed
         question = row["question"]
         if by_letter:
             listed = "".join(f"{a}. {b}\n" for a, b in zip(row["letters"], row["choices"], strict=True))
@@ -448,8 +460,8 @@ def test_what_is_wrong_is_said_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match="data for 'local_arc_easy', which is not asked"):
         run_benchmarks(model, TOKENIZER, ["local_mmlu"], folders=[RECIPES], data={"local_arc_easy": file})
     (tmp_path / "words.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    data = {"local_mmlu": str(tmp_path / "words.jsonl")}
     with pytest.raises(DataError, match=r"words.jsonl:1: is no question with options"):
-        data = {"local_mmlu": str(tmp_path / "words.jsonl")}
         run_benchmarks(model, TOKENIZER, ["local_mmlu"], folders=[RECIPES], data=data)
     own = {"d": QUESTIONS[:2]}
     with pytest.raises(ConfigError, match="data for 'own', which is no single task"):
@@ -460,7 +472,7 @@ def test_what_is_wrong_is_said_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         run_benchmarks(model, TOKENIZER, ["nothing"])
 
 
-# ---- the command line ---------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,9 @@ def judged(
     """
     if settings is None:
         return None
-    prices = {"input_price": settings.input_price, "output_price": settings.output_price}
-    endpoint = endpoint_for(settings.model, settings.base_url, **prices)
+    endpoint = endpoint_for(
+        settings.model, settings.base_url, input_price=settings.input_price, output_price=settings.output_price
+    )
     if endpoint is None:
         console.print(NO_ENDPOINT, highlight=False)
         return None

@@ -1,0 +1,1 @@
+"""Tables and pages drawn from finished runs. Reads folders only; no torch."""
