@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from loramix import ConfigError
 from loramix.data.classify import TF_IDF, fit, sentence_encoder
 
-# Stems with fillers: the held-out prompts share words with the training prompts of their domain, and sentences with none.
+# Telling words and templates around them; held-out prompts pair the words in other ways than training prompts.
 WORDS = {
     "finance": ["bond", "dividend", "broker", "mortgage", "tax", "shares"],
     "medicine": ["fever", "tablet", "doctor", "headache", "rash", "dose"],
@@ -103,5 +103,5 @@ def test_a_sentence_encoder_serves_as_a_classifier(encoder):
 
 def test_a_folder_without_an_encoder_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({}))
-    with pytest.raises(ConfigError, match="measure.classifier = .*folder with a sentence encoder"):
+    with pytest.raises(ConfigError, match=r"measure.classifier = .*folder with a sentence encoder"):
         fit(str(tmp_path), ["a", "b"], [0, 1])

@@ -40,7 +40,7 @@ def _found(train: Record, test: Record) -> list[tuple[str, int]]:
         ("How old is Rome?", "how  old is\nROME"),
         ("Why?", "why"),
         ("x", "X."),
-        ("火药是谁发明的？", "火药是谁发明的"),
+        ("火药是谁发明的。", "火药是谁发明的"),
         ("What is a bond (in short)?", "What is a bond -- in short"),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_changed_word_leaves_a_near_copy(one, other):
     ("one", "other"),
     [
         ("How old is Rome?", "How old is Paris?"),
-        ("火药是谁发明的？", "指南针是谁发明的？"),
+        ("火药是谁发明的。", "指南针是谁发明的。"),
         ("Why?", "Who?"),
         ("", ""),
     ],

@@ -33,9 +33,9 @@ def report(
 
 def write(runs: Sequence[Path], out: Path | None = None, markdown: Path | None = None) -> tuple[Path, Path]:
     """Writes page and tables of some runs and returns where they are."""
+    from loramix.reports.markdown import markdown as as_markdown
     from loramix.reports.page import page
     from loramix.reports.reading import read
-    from loramix.reports.tables import markdown as as_markdown
 
     contents = [read(run) for run in runs]
     out = out or Path(runs[0]) / "report.html"

@@ -49,6 +49,13 @@ class Line:
 
 
 def lines_of(comparison: Comparison, planned: Plan, files: Mapping[str, Path]) -> list[Line]:
+    """Returns a line for every row and setting on every base, and more for routings that were measured beside its own.
+
+    Args:
+        comparison: what was asked for.
+        planned: its cells and where they belong.
+        files: cell -> where its measurements lie if it is finished.
+    """
     by_row: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
     for entry in planned.entries:
         by_row[entry.base, entry.label, entry.setting].append(entry)

@@ -52,7 +52,8 @@ def read_domains(
 ) -> dict[str, Split]:
     """Returns the splits of all domains, in the order of the config.
 
-    A folder with a test (or validation) file is used as it is; of a single file a part is held out, chosen by the seed.
+    A folder with a test (or validation) file is used as it is; of a single file a part is held out, chosen by the seed:
+    whole questions, so that no prompt is on both sides.
 
     Args:
         sources: domain -> file, folder or Hub name, several files, or a mapping of splits to such; or, with
@@ -82,13 +83,31 @@ def read_domains(
         random.Random(f"{seed} {domain}").shuffle(shuffled)  # a reproducible choice, not a secret
         held = test
         if held is None:
-            count = max(1, round(len(shuffled) * test_fraction))
-            held, shuffled = shuffled[:count], shuffled[count:]
+            held, shuffled = _held_out(shuffled, max(1, round(len(shuffled) * test_fraction)))
             if not shuffled and not problems:
-                problems.add(f"domain {domain!r} has one row; it needs at least two, one to train and one to test.")
+                problems.add(
+                    f"domain {domain!r} has one row, or asks the same in all; it needs at least two prompts, one to "
+                    "train and one to test."
+                )
         splits[domain] = Split(shuffled[: _most(max_train_examples, domain)], held[: _most(max_test_examples, domain)])
     problems.raise_as(DataError)
     return splits
+
+
+def _held_out(rows: Sequence[Record], count: int) -> tuple[list[Record], list[Record]]:
+    """Returns at least `count` rows to measure and the rest to learn; rows that ask the same are on one side, else a
+    question with several answers would be learned and asked."""
+    held: list[Record] = []
+    asked: set[str] = set()
+    by_prompt: dict[str, list[Record]] = {}
+    for row in rows:
+        by_prompt.setdefault(" ".join(row.prompt.split()).casefold(), []).append(row)
+    for prompt, same in by_prompt.items():
+        if len(held) >= count:
+            break
+        held += same
+        asked.add(prompt)
+    return held, [row for row in rows if " ".join(row.prompt.split()).casefold() not in asked]
 
 
 def read_unseen(

@@ -14,7 +14,6 @@ from loramix.reports import svg
 from loramix.reports.reading import Content
 from loramix.reports.tables import NONE, Cell, Table, name_of
 
-
 _MARKERS = ("o", "s", "^", "D", "v")
 
 

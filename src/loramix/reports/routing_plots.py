@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from matplotlib.ticker import MaxNLocator
+
 from loramix.reports import svg
 from loramix.reports.plots import Drawing, heat, slug
 from loramix.reports.reading import Content
@@ -59,7 +61,7 @@ def _by_layer(name: str, found: Mapping[str, Any], prefix: str) -> Drawing | Non
         axes = figure.add_subplot()
         axes.plot(range(len(values)), [100 * v for v in values], color=svg.SERIES[0], marker="o", markersize=3)
         axes.set_xlabel("layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("right, %")
         axes.set_ylim(0, 104)
         axes.grid(alpha=0.2)

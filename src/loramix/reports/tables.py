@@ -1,4 +1,4 @@
-"""The tables of a report as plain values, and as Markdown. The same results give the same text, byte by byte."""
+"""The tables of a report as plain values. The same results give the same text, byte by byte."""
 
 from __future__ import annotations
 
@@ -279,30 +279,3 @@ def all_tables(content: Content) -> list[Table]:
     """Returns all tables in the order of the page."""
     made = [*quality(content), as_in_moa(content), *paired(content), *routers(content), overlap(content)]
     return [table for table in (*made, data(content), signatures(content), cost(content)) if table is not None]
-
-
-def markdown(content: Content) -> str:
-    """Returns all tables as Markdown."""
-    parts = [f"# {_plain(content['title'])}", *(_markdown(table) for table in all_tables(content))]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown(table: Table) -> str:
-    lines = [f"## {_plain(table.title)}", ""]
-    if table.note:
-        lines += [_plain(table.note), ""]
-    lines.append("| " + " | ".join(_plain(head) for head in table.heads) + " |")
-    lines.append("|---|" + "---:|" * (len(table.heads) - 1))
-    for row in table.rows:
-        lines.append("| " + " | ".join(f"**{_plain(c.text)}**" if c.best else _plain(c.text) for c in row) + " |")
-    return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Returns a text that is nothing but text inside a Markdown table."""
-    flat = " ".join(text.split())
-    for character in "\\|*_`<>[]":
-        if character in "[]":
-            continue
-        flat = flat.replace(character, "\\" + character)
-    return flat
