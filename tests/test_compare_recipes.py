@@ -61,7 +61,7 @@ def test_recipe_runs(recipe: Path, ground: Path, tmp_path: Path):
         f"cells={ground / 'cells'}",
         f"model_name_or_path={ground / 'base'}",
     ]
-    overrides += ["dtype=float32", "seeds=[0]", "max_steps=2", "expert_stage={}", "joint_stage={}", "adapter.r=2"]
+    overrides += ["dtype=float32", "seeds=[0]", "settings=[mixture]", "max_steps=2", "adapter.r=2"]
     overrides += ["per_device_train_batch_size=2", "gradient_accumulation_steps=1", "data.max_length=256"]
     overrides += [
         "data.max_train_examples=4",

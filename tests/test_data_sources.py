@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from loramix import ConfigError, DataError
 from loramix.cli.main import app
+from loramix.corpus import UNSEEN, encode_all, read_all
 from loramix.data.domains import read_domains, read_unseen
 from loramix.experiment import as_yaml, build, load
-from loramix.preparation import UNSEEN, encode_all, prepare, read_all
+from loramix.preparation import prepare
 from tests import tiny
 
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"tuner"},
     {"training", "evaluation"},
     {"settings"},
-    {"adapter_settings"},
+    {"adapter_settings", "corpus"},
     {"contradictions"},
     {"experiment"},
     {"preparation"},

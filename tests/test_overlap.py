@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loramix.data.choices import read_choice
 from loramix.data.domains import Split
-from loramix.data.overlap import find_overlap, without_leaks
+from loramix.data.overlap import asked, find_overlap, without_leaks
 from loramix.data.reading import read_file
 from loramix.data.records import Message, Record
 from loramix.errors import Problems
@@ -41,6 +46,9 @@ def _found(train: Record, test: Record) -> list[tuple[str, int]]:
         ("Why?", "why"),
         ("x", "X."),
         ("火药是谁发明的。", "火药是谁发明的"),
+        ("第 3 题: 火药是谁 发明的", "第3题、火药是谁发明的"),
+        ("\uff26\uff35\uff2c\uff2c width", "full width"),
+        ("???", "???"),
         ("What is a bond (in short)?", "What is a bond -- in short"),
     ],
 )
@@ -69,6 +77,7 @@ def test_a_changed_word_leaves_a_near_copy(one, other):
         ("How old is Rome?", "How old is Paris?"),
         ("火药是谁发明的。", "指南针是谁发明的。"),
         ("Why?", "Who?"),
+        ("What is 3 + 4?", "What is 3 - 4?"),
         ("", ""),
     ],
 )
@@ -95,6 +104,63 @@ def test_the_template_of_options_is_not_compared():
     same = _choice("Which is true?", ["all of these", "none of these", "snow is warm", "fire is cold"])
     other = _choice("Which is true?", ["all of these", "none of these", "iron floats", "cork sinks"])
     assert _found(same, other) == []
+
+
+TEMPLATE = (
+    "You are a careful assistant of a bank. Read the question of the customer below, think about what the customer "
+    "needs, and answer in one short sentence. Do not give advice on taxes or law. Question: "
+)
+
+
+def test_a_template_in_the_prompt_makes_no_copies():
+    draw = random.Random(0)
+    words = [f"word{i}" for i in range(300)]
+    questions = [" ".join(draw.sample(words, 8)) for _ in range(60)]
+    rows = [_plain(TEMPLATE + question) for question in questions]
+    assert find_overlap({"bank": Split(rows[:40], rows[40:])}) == []
+    # A copy with one word changed is still found behind it.
+    changed = _plain(TEMPLATE + questions[0].replace(questions[0].split()[3], "else"))
+    (found,) = find_overlap({"bank": Split(rows[:40], [*rows[40:], changed])}, near=0.6)
+    assert (found.kind, found.count, found.rows) == ("near", 1, (0,))
+
+
+def test_all_user_turns_are_compared():
+    def talk(*turns: str) -> Record:
+        said = [Message(role, text) for turn in turns for role, text in (("user", turn), ("assistant", "x"))]
+        return Record(tuple(said), "d", "f:1")
+
+    assert _found(talk("Hi", "What is a bond?"), talk("Hi", "Who was Ada?")) == []
+    assert _found(talk("Hi", "What is a bond?"), talk("hi!", "What is a bond")) == [("exact", 1)]
+
+
+_prompt = st.lists(st.sampled_from("abcdefghij"), min_size=0, max_size=7).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(_prompt, max_size=12), st.lists(_prompt, min_size=1, max_size=12), st.floats(0.05, 0.95))
+def test_no_pair_is_missed(train, test, near):
+    """Every pair compared in full gives the same rows."""
+    splits = {"d": Split([_plain(one) for one in train], [_plain(one) for one in test])}
+    sets = {side: [set(asked(r).elements()) for r in getattr(splits["d"], side)] for side in ("train", "test")}
+    rows = Counter(element for one in sets["train"] + sets["test"] for element in one)
+    weight = {element: math.log1p((len(train) + len(test)) / count) for element, count in rows.items()}
+
+    def alike(one: set[str], other: set[str]) -> float:
+        return sum(weight[e] for e in one & other) / max(sum(weight[e] for e in one | other), 1e-9)
+
+    exact = {j for j, other in enumerate(test) if other and other in train}
+    similar = {(i, j): alike(a, b) for i, a in enumerate(sets["train"]) for j, b in enumerate(sets["test"])}
+    if any(abs(one - near) < 1e-6 for one in similar.values()):
+        return  # on the very edge rounding decides
+    wanted = {pair for pair, one in similar.items() if one >= near and pair[1] not in exact}
+    found = {one.kind: one for one in find_overlap(splits, near=near)}
+    assert ("exact" in found) == bool(exact)
+    if exact:
+        assert found["exact"].count == len(exact)
+    assert ("near" in found) == bool(wanted)
+    if wanted:
+        assert set(found["near"].rows) == {i for i, _ in wanted}
+        assert found["near"].count == len({j for _, j in wanted})
 
 
 def _five() -> dict[str, Split]:

@@ -115,6 +115,10 @@ def _data_contradictions(experiment: Experiment) -> list[str]:
         for domain, parts in data.split_in.items()
         if parts < 2 or (data.path is None and domain not in data.domains)
     ]
+    if (data.label_noise or data.missing_labels) and data.path is None and len(data.domains) == 1:
+        found.append(
+            "data.label_noise, data.missing_labels: there is one domain, so no label can be wrong. Leave it out."
+        )
     for name in ("max_train_examples", "max_test_examples"):
         known = None if data.path is not None else {*data.domains, *data.unseen}
         found += _limit_problems(name, getattr(data, name), known)

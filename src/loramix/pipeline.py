@@ -18,8 +18,10 @@ from rich.console import Console
 
 from loramix.budget import all_stages, expert_settings, longer
 from loramix.building import save, train_method, train_on, with_lora
+from loramix.data.collation import Example
 from loramix.errors import DataError
 from loramix.evaluation.evaluate import RoutedResult, Row, measure_routed, rows_of, score_domains
+from loramix.evaluation.generation import answer
 from loramix.evaluation.scoring import Score
 from loramix.methods import method_named
 from loramix.opening import ADAPTER, check_trained, load_trained
@@ -161,34 +163,32 @@ def answers(prepared: Prepared, model: Any, most_tokens: int = 40) -> list[dict[
     """Returns one answer for each domain: to the first held-out prompt that leaves room for one."""
     room = getattr(prepared.base.config, "max_position_embeddings", None) or 1 << 30
     how = method_named(prepared.experiment.method).settled_by
-    shown = []
-    for domain_id, (domain, examples) in enumerate(prepared.held.items()):
-        fitting = (e for e in examples if e.encoded.prompt_length + most_tokens <= room)
-        example = next(fitting, None)
-        if example is None or example.record is None:
-            continue
-        prompt = torch.tensor([example.encoded.input_ids[: example.encoded.prompt_length]], device=model.device)
-        asked: dict[str, Any] = {}
-        said: dict[str, Any] = {}
-        if how == "prompt":
-            pinned = model.peft_config[ADAPTER].decision == "pinned"
-            route = model.route(input_ids=prompt, expert=domain if pinned else None)[0]
-            asked["expert"] = route.expert
-            said = {"expert": route.expert, "probability": round(route.probabilities[route.expert], 4)}
-        elif how == "domain":
-            asked["domain_ids"] = torch.tensor([domain_id], device=model.device)
-        written = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=most_tokens,
-            do_sample=False,
-            pad_token_id=prepared.pad,
-            **asked,
-        )
-        answer = prepared.tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
-        texts = {"answer": answer.strip(), "reference": example.record.response}
-        shown.append({"domain": domain, "prompt": example.record.prompt, **said, **texts})
-    return shown
+    chosen: dict[str, Example] = {}
+    for domain, examples in prepared.held.items():
+        fitting = (e for e in examples if e.encoded.prompt_length + most_tokens <= room and e.record is not None)
+        if (example := next(fitting, None)) is not None:
+            chosen[domain] = example
+    asked = list(chosen.values())
+    written = answer(model, prepared.tokenizer, asked, settled_by=how, max_new_tokens=most_tokens)
+    return [
+        {
+            "domain": domain,
+            "prompt": example.record.prompt,
+            **(_expert_said(model, example, domain) if how == "prompt" else {}),
+            "answer": text,
+            "reference": example.record.response,
+        }
+        for (domain, example), text in zip(chosen.items(), written, strict=True)
+        if example.record is not None
+    ]
+
+
+def _expert_said(model: Any, example: Example, domain: str) -> dict[str, Any]:
+    """Returns which expert answers a prompt, and how sure its decision was."""
+    prompt = torch.tensor([example.encoded.input_ids[: example.encoded.prompt_length]], device=model.device)
+    pinned = model.peft_config[ADAPTER].decision == "pinned"
+    route = model.route(input_ids=prompt, expert=domain if pinned else None)[0]
+    return {"expert": route.expert, "probability": round(route.probabilities[route.expert], 4)}
 
 
 def measure_run(experiment: Experiment, run: RunFolder, console: Console) -> dict[str, Any]:

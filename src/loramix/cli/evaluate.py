@@ -108,9 +108,9 @@ def _by_task(given: list[str]) -> dict[str, str]:
 
 
 def _benchmarks(experiment: Experiment, folder: RunFolder, tasks: list[str], how: dict[str, Any]) -> dict[str, Any]:
+    from loramix.corpus import read_all
     from loramix.evaluation.benchmarks import check_installed, run_benchmarks
     from loramix.opening import open_model
-    from loramix.preparation import read_all
 
     check_installed()
     if "own" in tasks:

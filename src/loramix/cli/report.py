@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from loramix.cli.output import print_json, result_console
+from loramix.errors import ConfigError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,7 +33,11 @@ def report(
 
 
 def write(runs: Sequence[Path], out: Path | None = None, markdown: Path | None = None) -> tuple[Path, Path]:
-    """Writes page and tables of some runs and returns where they are."""
+    """Writes page and tables of some runs and returns where they are.
+
+    Raises:
+        ConfigError: a run cannot be read, or a file cannot be written.
+    """
     from loramix.reports.markdown import markdown as as_markdown
     from loramix.reports.page import page
     from loramix.reports.reading import read
@@ -40,6 +45,11 @@ def write(runs: Sequence[Path], out: Path | None = None, markdown: Path | None =
     contents = [read(run) for run in runs]
     out = out or Path(runs[0]) / "report.html"
     markdown = markdown or out.with_name("tables.md")
-    out.write_text(page(contents), encoding="utf-8")
-    markdown.write_text("\n".join(as_markdown(content) for content in contents), encoding="utf-8")
+    texts = {out: page(contents), markdown: "\n".join(as_markdown(content) for content in contents)}
+    for file, text in texts.items():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be written ({error.strerror}). Name another file.") from error
     return out, markdown

@@ -23,10 +23,10 @@ def validate(
 ) -> None:
     quiet_libraries()
     from loramix.adapter_settings import adapter_config
+    from loramix.corpus import read_all
     from loramix.experiment import as_yaml, load
     from loramix.methods import method_named
     from loramix.models import load_skeleton
-    from loramix.preparation import read_all
     from loramix.tuner import check_fit
 
     loaded = load(config, overrides or [])

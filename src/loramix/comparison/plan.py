@@ -18,9 +18,9 @@ from typing import Any, Literal
 from loramix.adapter_settings import adapter_config
 from loramix.budget import longer_settings, rows_per_step, steps
 from loramix.comparison.settings import BASE, LONGER, Comparison, Row
+from loramix.corpus import Encoded
 from loramix.data.collation import Example
 from loramix.methods import method_named
-from loramix.preparation import Encoded
 from loramix.settings import Experiment
 
 _ROUTERS_ONLY = ("losses", "router_learning_rate")

@@ -9,9 +9,9 @@ from typing import Any
 from loramix.comparison.plan import Plan
 from loramix.comparison.runner import CellRunner
 from loramix.comparison.settings import Comparison
+from loramix.corpus import Encoded
 from loramix.data.classify import TF_IDF, fit
 from loramix.methods import METHODS
-from loramix.preparation import Encoded
 
 
 def routing_of(cells: Mapping[int, Mapping[str | None, Mapping[str, Any]]]) -> dict[str, Any]:

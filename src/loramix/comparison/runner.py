@@ -19,12 +19,13 @@ from loramix.building import save, train_method, train_on, with_lora
 from loramix.comparison.measuring import extracts, measure_cell, measure_extracted
 from loramix.comparison.plan import Cell, digest, digest_of_examples
 from loramix.comparison.settings import MeasureSettings
+from loramix.corpus import Encoded, encode_all
 from loramix.environment import environment
 from loramix.errors import ModelError
 from loramix.methods import method_named
 from loramix.models import load_base, load_tokenizer
 from loramix.opening import ADAPTER, load_adapter, load_trained
-from loramix.preparation import Encoded, Prepared, encode_all
+from loramix.preparation import Prepared
 from loramix.run_folder import RunFolder, write_json
 from loramix.settings import Experiment
 from loramix.training.peak_memory import PeakMemory

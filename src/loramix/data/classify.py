@@ -56,8 +56,12 @@ def sentence_encoder(folder: str) -> Callable[[Sequence[str]], Any]:
 
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"measure.classifier = {folder!r}: expected {TF_IDF!r}, or a folder with a sentence encoder.")
+    if not list(Path(folder).glob("*.safetensors")):
+        raise ConfigError(
+            f"measure.classifier = {folder!r}: holds no weights as safetensors. Save the encoder as such."
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
 
     @torch.inference_mode()
     def embed(texts: Sequence[str]) -> Any:

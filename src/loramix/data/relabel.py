@@ -11,6 +11,7 @@ from typing import Literal
 from loramix.data.classify import TF_IDF, fit
 from loramix.data.domains import Split
 from loramix.data.records import Record
+from loramix.errors import DataError, Problems
 
 Treatment = Literal["drop", "classify"]
 
@@ -78,7 +79,18 @@ def deal(splits: Mapping[str, Split], parts: Mapping[str, int]) -> dict[str, Spl
     Args:
         splits: by domain.
         parts: domain -> how many it becomes.
+
+    Raises:
+        DataError: a domain has fewer rows than parts, or a part's name is taken.
     """
+    problems = Problems("data.split_in")
+    for domain, count in parts.items():
+        for name, rows in (("training", splits[domain].train), ("test", splits[domain].test)):
+            if len(rows) < count:
+                problems.add(f"domain {domain!r} has {len(rows)} {name} rows, too few for {count} parts. Lower it.")
+        taken = [f"{domain} {number + 1}" for number in range(count) if f"{domain} {number + 1}" in splits]
+        problems.messages += [f"domain {name!r} is there already. Rename it." for name in taken]
+    problems.raise_as(DataError)
     dealt: dict[str, Split] = {}
     for domain, split in splits.items():
         count = parts.get(domain, 1)

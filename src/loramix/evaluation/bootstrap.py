@@ -27,7 +27,7 @@ class Interval:
 @dataclass(frozen=True)
 class Difference:
     """How much larger the first value is, its interval, and how likely a difference at least as far from zero would be
-    if there were none (two-sided; never below 1 / (draws + 1))."""
+    if there were none (two-sided; never below 2 / (draws + 1))."""
 
     difference: float
     low: float

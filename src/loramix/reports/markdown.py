@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from loramix.reports import quality_tables, run_tables
 from loramix.reports.reading import Content
-from loramix.reports.tables import Table, all_tables
+from loramix.reports.tables import Table
+
+
+def all_tables(content: Content) -> list[Table]:
+    """Returns all tables: results first, what the clock decides last."""
+    results = [*quality_tables.quality(content), *quality_tables.as_in_moa(content), *quality_tables.paired(content)]
+    about = [run_tables.overlap(content), run_tables.data(content), run_tables.signatures(content)]
+    made = [*results, *quality_tables.judge(content), *run_tables.routers(content), *about, run_tables.cost(content)]
+    return [table for table in made if table is not None]
 
 
 def markdown(content: Content) -> str:
     """Returns all tables as Markdown."""
-    parts = [f"# {_plain(content['title'])}", *(_markdown(table) for table in all_tables(content))]
+    said = [_plain(text) for text in (quality_tables.unmeasured(content),) if text]
+    parts = [f"# {_plain(content['title'])}", *said, *(_markdown(table) for table in all_tables(content))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -17,7 +27,7 @@ def _markdown(table: Table) -> str:
     if table.note:
         lines += [_plain(table.note), ""]
     lines.append("| " + " | ".join(_plain(head) for head in table.heads) + " |")
-    lines.append("|---|" + "---:|" * (len(table.heads) - 1))
+    lines.append("|---|" + ("---|" if table.words else "---:|") * (len(table.heads) - 1))
     for row in table.rows:
         lines.append("| " + " | ".join(f"**{_plain(c.text)}**" if c.best else _plain(c.text) for c in row) + " |")
     return "\n".join(lines)
@@ -26,8 +36,6 @@ def _markdown(table: Table) -> str:
 def _plain(text: str) -> str:
     """Returns a text that is nothing but text inside a Markdown table."""
     flat = " ".join(text.split())
-    for character in "\\|*_`<>[]":
-        if character in "[]":
-            continue
+    for character in "\\|*_`<>":
         flat = flat.replace(character, "\\" + character)
-    return flat
+    return flat.replace("](", "]\\(")

@@ -1,13 +1,15 @@
 """Reads finished comparisons and runs into one form, so that every table and figure has one source.
 
-The form is the content of comparison.json (docs/compare.md). A run of `loramix train` has less: one seed, perplexity
-alone, no intervals; what it lacks is empty.
+The form is the content of comparison.json (docs/compare.md), where a row's mean stands only if it is over as many
+domains as the others'. A run of `loramix train` has less: one seed, perplexity alone, no intervals; what it lacks is
+empty.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,18 @@ from loramix.run_folder import RunFolder
 FORMAT = "loramix comparison 1"
 COMPARISON = "comparison.json"
 Content = dict[str, Any]
+_KEYS = (
+    *("title", "config", "environment", "domains", "unseen", "data", "overlap", "metrics", "rows", "paired"),
+    *("routing", "classifier", "expert_use", "similarity", "curves", "examples", "judge"),
+)
+# What results.json calls the rows of a run, and log.jsonl the stages in which they are trained.
 _ROWS = {
     "base": ("base", "none", "the base"),
     "single": ("lora", "single", "LoRA"),
     "single_long": ("lora-long", "single", "LoRA, as long"),
     "mixed": ("lora", "mixture", "LoRA"),
 }
+_STAGES = {"expert": "lora/single", "longer": "lora-long/single", "mixed": "lora/mixture"}
 
 
 def read(path: str | Path) -> Content:
@@ -39,13 +47,32 @@ def read(path: str | Path) -> Content:
                 f"{folder / COMPARISON}: has the format {content.get('format')!r}, expected {FORMAT!r}. Write it again "
                 "with `loramix compare` (finished cells are kept)."
             )
-        return content
+        _require(content, _KEYS, folder / COMPARISON, "loramix compare")
+        return _comparable(content)
     if (folder / "results.json").is_file():
         return _of_run(folder)
     raise ConfigError(
         f"{folder}: no results here (neither {COMPARISON} nor results.json). Expected the output_dir of a finished "
         "`loramix compare` or `loramix train`."
     )
+
+
+def _require(content: Content, keys: Iterable[str], file: Path, verb: str) -> None:
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise ConfigError(f"{file}: has no {', '.join(missing)}. It is not whole: write it again with `{verb}`.")
+
+
+def _comparable(content: Content) -> Content:
+    """Takes out means over fewer domains than other rows' (a cell failed, or a row has domains of its own): side by
+    side they would compare domains, not methods."""
+    for metric in content["metrics"]:
+        found = [row["scores"][metric] for row in content["rows"] if metric in row["scores"]]
+        most = max((scores.get("domains", 0) for scores in found), default=0)
+        for scores in found:
+            if scores.get("domains", most) < most:
+                scores["average"] = None
+    return content
 
 
 def _json(file: Path) -> Content:
@@ -61,10 +88,13 @@ def _json(file: Path) -> Content:
 def _of_run(folder: Path) -> Content:
     run = RunFolder(folder)
     results = _json(run.results)
+    _require(results, ("method", "domains", "rows"), run.results, "loramix train")
     method = results["method"]
     by_model: dict[str, dict[str, float]] = defaultdict(dict)
     for row in results["rows"]:
         by_model[row["model"]][row["domain"]] = row["perplexity"]
+    if not any(model.partition("_")[0] == method for model in by_model) and "mixed" in by_model:
+        by_model[method] = by_model.pop("mixed")  # A method of one expert is its own mixed model.
     domains = results["domains"]
     data = _json(run.data) if run.data.is_file() else {}
     return {
@@ -83,7 +113,7 @@ def _of_run(folder: Path) -> Content:
         "classifier": {},
         "expert_use": {},
         "similarity": {},
-        "curves": _curves(run.log),
+        "curves": _curves(run.log, f"{method}/mixture"),
         "examples": _examples(results),
         "judge": None,
     }
@@ -93,7 +123,7 @@ def _row(model: str, found: dict[str, float], domains: list[str]) -> Content:
     name, _, how = model.partition("_")
     label, setting, title = _ROWS.get(model, (name, "mixture", name))
     routing = "oracle" if how == "oracle" else None
-    identity = "/".join([label] + [setting] * (setting != "none") + [routing] * (routing is not None))  # type: ignore[list-item]
+    identity = "/".join(part for part in (label, setting if setting != "none" else None, routing) if part)
     whole = [found[domain] for domain in domains if domain in found]
     average = _spread(sum(whole) / len(whole)) if len(whole) == len(domains) else None
     scores = {"by_domain": {domain: _spread(value) for domain, value in found.items()}, "average": average}
@@ -137,18 +167,23 @@ def _routing(results: Content) -> Content:
     }
 
 
-def _curves(log: Path) -> Content:
-    """Returns stage -> domain -> [[step, loss], ...] of a run's log."""
+def _curves(log: Path, name: str) -> Content:
+    """Returns row -> domain -> [[step, loss], ...] of a run's log; `name` is the row of the method's own stage."""
     curves: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     if log.is_file():
-        for line in log.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
+        for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{log}: line {number} cannot be read ({error}). Take it out and write the report again."
+                ) from error
+            kind, _, domain = entry["stage"].partition(" ")
+            found = curves[_STAGES.get(kind, name)]
             for key, value in entry.items():
-                if key == "loss" or key.startswith("loss/"):
-                    curves[entry["stage"]][key.removeprefix("loss/") if key != "loss" else "all"].append(
-                        [entry["step"], float(value)]
-                    )
-    return {stage: dict(found) for stage, found in curves.items()}
+                if key.startswith("loss/") or (key == "loss" and not domain):
+                    found[key.removeprefix("loss/") if key != "loss" else "all"].append([entry["step"], float(value)])
+    return {row: dict(found) for row, found in curves.items()}
 
 
 def _examples(results: Content) -> list[Content]:
