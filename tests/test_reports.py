@@ -288,6 +288,7 @@ def test_routers_stand_beside_the_classifier(content: dict[str, Any]):
     table = by_title(content, "Who is sent")
     assert "TF-IDF + logistic regression" in table.heads
     assert table.rows[-1][0].text == "all prompts"
+    assert "320 held-out prompts (2 seeds together)" in table.note
     found = content["routing"]["moa/mixture"]["decisions"]["last"]["accuracy"]
     assert f"{100 * found:.1f} %" in [cell.text for cell in table.rows[-1]]
 

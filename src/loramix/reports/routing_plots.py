@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from loramix.reports import svg
 from loramix.reports.drawing import Drawing, heat, identity
 from loramix.reports.reading import Content
-from loramix.reports.tables import Cell, Table, names
+from loramix.reports.tables import Cell, Table, names, pooled
 
 
 def routing(content: Content, prefix: str = "") -> list[Drawing]:
@@ -19,13 +19,13 @@ def routing(content: Content, prefix: str = "") -> list[Drawing]:
     named = names(content)
     for row, found in content["routing"].items():
         name = named.get(row, row)
-        drawings += [_confusion(name, found, prefix), _by_layer(name, found, prefix)]
+        drawings += [_confusion(name, found, prefix, pooled(content, row)), _by_layer(name, found, prefix)]
         if (found.get("calibration") or {}).get("bins"):
             drawings.append(_calibration(name, found["calibration"], prefix))
     return [drawing for drawing in drawings if drawing is not None]
 
 
-def _confusion(name: str, found: Mapping[str, Any], prefix: str) -> Drawing | None:
+def _confusion(name: str, found: Mapping[str, Any], prefix: str, seeds: str) -> Drawing | None:
     decision = next((d for d in (found["decision"], "last") if found["decisions"].get(d, {}).get("confusion")), None)
     if decision is None:
         return None
@@ -44,7 +44,7 @@ def _confusion(name: str, found: Mapping[str, Any], prefix: str) -> Drawing | No
     astray = sum(sum(row) for row in counts) - sum(counts[i][i] for i in range(len(counts)))
     total = sum(sum(row) for row in counts)
     rows = tuple((Cell(d), *(Cell(str(c)) for c in row)) for d, row in zip(domains, counts, strict=True))
-    caption = f"Where {total} held-out prompts were sent (decision: {decision}): {astray} to another domain's expert."
+    caption = f"Where {total} held-out prompts{seeds} were sent (decision: {decision}): {astray} to another's expert."
     table = Table("", "", ("label", *domains), rows)
     return Drawing(key, f"Confusion of the routers: {name}", caption, text, table)
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from loramix.reports.reading import Content
-from loramix.reports.tables import NONE, Cell, Table, names
+from loramix.reports.tables import NONE, Cell, Table, names, pooled
 
 
 def routers(content: Content) -> list[Table]:
     """Returns router accuracy by domain and decision beside a text classifier's (as MoA's Table 3), for each row."""
     named = names(content)
-    return [_routers(content, named.get(row, row), found) for row, found in content["routing"].items()]
+    return [_routers(content, row, named.get(row, row), found) for row, found in content["routing"].items()]
 
 
-def _routers(content: Content, name: str, found: Mapping[str, Any]) -> Table:
+def _routers(content: Content, row: str, name: str, found: Mapping[str, Any]) -> Table:
     decisions = list(found["decisions"])
     baselines = content["classifier"]
     rows = []
@@ -25,7 +25,9 @@ def _routers(content: Content, name: str, found: Mapping[str, Any]) -> Table:
             value = one["accuracy"] if domain is None else one["by_domain"].get(domain)
             cells.append(Cell(NONE if value is None else f"{100 * value:.1f} %"))
         rows.append(tuple(cells))
-    note = f"Share of {found['prompts']} held-out prompts that are sent to the expert of their label"
+    note = (
+        f"Share of {found['prompts']} held-out prompts{pooled(content, row)} that are sent to the expert of their label"
+    )
     if baselines:
         note += "; the classifier learned from the same training prompts and was asked about the same held-out ones"
     ece = (found.get("calibration") or {}).get("ece")

@@ -57,6 +57,12 @@ def names(content: Content) -> dict[str, str]:
     return {row["id"]: (f"{row['base']}: " if several else "") + name_of(row) for row in content["rows"]}
 
 
+def pooled(content: Content, row: str) -> str:
+    """Returns words for where a row's routers are those of several seeds: their prompts are counted together."""
+    seeds = next((len(one["seeds"]) for one in content["rows"] if one["id"] == row), 1)
+    return f" ({seeds} seeds together)" if seeds > 1 else ""
+
+
 def competes(row: Mapping[str, Any]) -> bool:
     """Whether a row can be the best: it was trained, and nobody tells it the label."""
     return row["routing"] is None and row["setting"] != "none"
