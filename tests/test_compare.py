@@ -118,9 +118,104 @@ def test_rows_learn_as_many_examples_as_both_stages(finished: tuple[Path, Compar
     folder, _ = finished
     cells, _ = dry_run(built(folder, "joint_stage.per_device_train_batch_size=6"))
     steps = {cell.experiment.method: cell.experiment.training for cell in cells.values() if cell.kind == "method"}
-    # Stage 1: 3 domains x 2 steps of 4 rows; stage 2: 24 rows in 4 steps of 6. Together 48 rows, in steps of 4.
+    # Stage 1: 3 domains x 8 rows; stage 2: 24 rows. Together 48 rows, in steps of 4.
     assert steps["molora"]["max_steps"] == 12
     assert steps["lora"]["max_steps"] == 12
+
+
+def test_short_last_batches_are_not_counted_as_full(tmp_path: Path):
+    cells, _ = dry_run(built(tmp_path, "data.max_train_examples=3", "per_device_train_batch_size=2"))
+    lora = next(cell for cell in cells.values() if cell.kind == "method" and cell.experiment.method == "lora")
+    # Stage 1: 3 x 3 rows (2 steps each, 6 in all), stage 2: 9 rows. Together 18, and an epoch of 9 rows takes 5 steps.
+    assert lora.experiment.training["max_steps"] == 10
+
+
+def test_the_longest_second_stage_sets_the_length(tmp_path: Path):
+    cells, _ = dry_run(
+        built(tmp_path, "methods.moa.joint_stage.num_train_epochs=3", "methods.molora.settings=[single]")
+    )
+    by_method = {cell.experiment.method: cell for cell in cells.values() if cell.kind == "method"}
+    assert by_method["lora"].experiment.training["max_steps"] == (24 + 3 * 24) // 4
+    assert by_method["molora"].experiment.training["max_steps"] == (8 + 3 * 8) // 4
+    alone = next(cell for cell in cells.values() if cell.kind == "longer")
+    assert alone.experiment.training["max_steps"] == 18
+
+
+def test_a_row_s_own_stages_win(tmp_path: Path):
+    comparison = built(
+        tmp_path,
+        "joint_stage={learning_rate: 5e-4, num_train_epochs: 2}",
+        methods={"moa": {"learning_rate": 1e-6}, "molora": {"joint_stage": {"learning_rate": 1e-5}}},
+    )
+    moa = next(row for row in comparison.rows if row.label == "moa")
+    assert [stage["learning_rate"] for stage in moa.stages] == [1e-6, 1e-6]
+    assert moa.experiment.joint_stage["num_train_epochs"] == 2
+    cells, _ = dry_run(comparison)
+    molora = next(cell for cell in cells.values() if cell.experiment.method == "molora")
+    assert molora.experiment.training["learning_rate"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lora": {"joint_stage": {"learning_rate": 1e-3}}},
+        {"molora": {"expert_stage": {"learning_rate": 1e-3}}},
+        {"lora": {"seed": 3}},
+    ],
+)
+def test_what_a_row_cannot_use_is_refused(wrong: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"methods|joint_stage|expert_stage|seed"):
+        built(tmp_path, methods=wrong)
+
+
+def test_rows_of_a_file_can_be_picked(tmp_path: Path):
+    comparison = built(tmp_path, "methods=[mosl3, lora]", methods={"lora": None, "mosl3": {"method": "mosl", "r": 3}})
+    assert [(row.label, row.experiment.adapter.r) for row in comparison.rows] == [("mosl3", 3), ("lora", 2)]
+
+
+def test_every_method_goes_through_a_cell(tmp_path: Path):
+    """All methods one after the other on one base; whatever one leaves behind would show in the next."""
+    from loramix.methods import METHODS
+
+    methods: dict[str, Any] = {name: {"settings": ["mixture"]} for name in METHODS}
+    methods["moelora-task"]["adapter"] = {"r": 8}
+    methods["base"] = None
+    changed = content(tmp_path, methods=methods)
+    methods["lorahub"]["search"] = {"budget": 2, "examples_per_domain": 1}
+    changed["training"] |= {"max_steps": 1}
+    done = compare(build_comparison(changed).comparison, SILENT)
+    assert done.failed == []
+    for one in done.results["rows"]:
+        assert one["scores"]["perplexity"]["average"] is not None, one["id"]
+    base = row(done.results, "base")["scores"]["perplexity"]["average"]["mean"]
+    alone = run(tmp_path, "methods=[base]", f"cells={tmp_path / 'other'}")
+    assert row(alone.results, "base")["scores"]["perplexity"]["average"]["mean"] == base
+
+
+def test_kinds_of_data_are_in_the_key(tmp_path: Path):
+    names = {"methods": {"loramoe": {"settings": ["single"]}}}
+    three, _ = dry_run(built(tmp_path, **names))
+    changed = content(tmp_path, **names)
+    changed["data"]["domains"] = {name: changed["data"]["domains"][name] for name in ("adds", "greets")}
+    two, _ = dry_run(build_comparison(changed).comparison)
+    greets = [next(name for name in cells if "greets" in name) for cells in (three, two)]
+    assert greets[0] != greets[1], "the second of two domains is of the second kind, the second of three of the first"
+
+
+def test_rows_that_are_measured_on_other_rows_are_not_mixed_up(tmp_path: Path):
+    methods = {
+        "lora": {"settings": ["single"]},
+        "few": {"method": "lora", "settings": ["single"], "data": {"max_test_examples": 1}},
+    }
+    done = run(tmp_path, "against=lora/single", methods=methods)
+    whole, few = (row(done.results, name)["scores"]["perplexity"] for name in ("lora/single", "few/single"))
+    assert whole["by_domain"]["adds"]["mean"] != few["by_domain"]["adds"]["mean"]
+    assert done.results["paired"] == [], "they have no test rows in common"
+
+
+def test_the_reference_is_the_lora_and_not_what_ends_like_it(tmp_path: Path):
+    done = run(tmp_path, methods={"molora": None, "lora": {"settings": ["mixture"]}, "base": None})
+    assert {one["against"] for one in done.results["paired"]} == {"lora/mixture"}
 
 
 def test_two_seeds_share_the_test_rows(tmp_path: Path):

@@ -24,13 +24,30 @@ def steps(settings: TrainingSettings, examples: int) -> int:
     """Returns the optimizer steps that Trainer takes for that many examples."""
     if settings.max_steps > 0:
         return settings.max_steps
-    batches = math.ceil(examples / settings.per_device_train_batch_size)
-    return math.ceil(settings.num_train_epochs * math.ceil(batches / settings.gradient_accumulation_steps))
+    return math.ceil(settings.num_train_epochs * steps_per_epoch(settings, examples))
 
 
 def rows_per_step(settings: TrainingSettings) -> int:
     """Returns the examples of one optimizer step."""
     return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+
+
+def rows_learned(settings: TrainingSettings, examples: int) -> int:
+    """Returns how many examples a stage sees, counted as often as they are seen; the last batch of an epoch may be
+    short."""
+    taken, each = steps(settings, examples), steps_per_epoch(settings, examples)
+    return taken // each * examples + min(examples, taken % each * rows_per_step(settings))
+
+
+def steps_per_epoch(settings: TrainingSettings, examples: int) -> int:
+    """Returns the optimizer steps in which every example is seen once."""
+    return math.ceil(math.ceil(examples / settings.per_device_train_batch_size) / settings.gradient_accumulation_steps)
+
+
+def steps_for(rows: int, settings: TrainingSettings, examples: int) -> int:
+    """Returns the steps in which at least so many examples are seen."""
+    whole, rest = divmod(rows, examples)
+    return max(1, whole * steps_per_epoch(settings, examples) + math.ceil(rest / rows_per_step(settings)))
 
 
 def joint_steps(prepared: Prepared) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -106,8 +107,10 @@ def _search(prepared: Prepared, model: Any, method: Method) -> dict[str, Any]:
         return sum(s.nll for s in scores) / sum(s.tokens for s in scores)
 
     weights_E = next(p for name, p in model.named_parameters() if name.endswith("weights_E"))
+    started = time.monotonic()
     found = search_weights(weights_E, loss, search, seed=prepared.experiment.seed, console=prepared.console)
-    return {"steps": 0, "tokens": 0, "examples": len(few), **found}
+    seconds = round(time.monotonic() - started, 1)
+    return {"steps": 0, "tokens": 0, "examples": len(few), "seconds": seconds, "loss": None, **found}
 
 
 def save(model: Any, folder: Path) -> None:

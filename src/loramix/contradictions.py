@@ -119,6 +119,8 @@ def _data_contradictions(experiment: Experiment) -> list[str]:
         found.append(
             "data.label_noise, data.missing_labels: there is one domain, so no label can be wrong. Leave it out."
         )
+    if data.split_in and data.mixing == "weights":
+        found.append("data.split_in: with data.mixing = weights the parts have no weights. Use another mixing.")
     for name in ("max_train_examples", "max_test_examples"):
         known = None if data.path is not None else {*data.domains, *data.unseen}
         found += _limit_problems(name, getattr(data, name), known)

@@ -92,7 +92,7 @@ def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Pr
         write_json(run.environment, environment())
         write_json(run.data, {**data.counts, OVERLAP: data.overlap} if data.overlap else data.counts)
     _report_cuts(data.counts, console)
-    _report_overlap(data.overlap, console)
+    report_overlap(data.overlap, console)
     return Prepared(experiment, run, base, tokenizer, data, console)
 
 
@@ -116,7 +116,13 @@ def _absolute(name: str) -> str:
     return str(path.resolve()) if name and ("*" in name or path.exists()) else name
 
 
-def _report_overlap(overlap: Sequence[Mapping[str, Any]], console: Console) -> None:
+def report_overlap(overlap: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Says which test rows occur in training data.
+
+    Args:
+        overlap: of the encoded data.
+        console: where it is shown.
+    """
     for one in overlap:
         if one["sides"] == "train-test":
             console.print(

@@ -18,10 +18,12 @@ from loramix.comparison.plan import Cell, Plan, plan
 from loramix.comparison.progress import CellProgress
 from loramix.comparison.runner import CellRunner
 from loramix.comparison.settings import Comparison
-from loramix.comparison.summary import reference_of, summarise
+from loramix.comparison.summary import overlap_of, reference_of, summarise
+from loramix.data.classify import TF_IDF, sentence_encoder
 from loramix.errors import ConfigError
 from loramix.methods import method_named
 from loramix.models import load_skeleton
+from loramix.preparation import report_overlap
 from loramix.run_folder import write_json
 from loramix.tuner import check_fit
 
@@ -64,8 +66,11 @@ def compare(comparison: Comparison, console: Console, *, launcher: Launcher = "l
 
 def _compare(comparison: Comparison, console: Console, launcher: Launcher, jobs: int, out: Path) -> Compared:
     runner = CellRunner(comparison.cells, comparison.shared.measure)
+    if comparison.shared.measure.classifier not in (None, TF_IDF):
+        sentence_encoder(str(comparison.shared.measure.classifier))
     planned = plan(comparison, runner.encoded)
     _check_fits(planned)
+    report_overlap(overlap_of(planned, runner), console)
     files = {name: runner.measured_file(cell) for name, cell in planned.cells.items()}
     done = [name for name, file in files.items() if file.is_file()]
     failed = _run(planned, done, runner, console, launcher, jobs)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,27 +113,41 @@ class Here:
 
 
 def _work(runner: CellRunner, threads: int, tasks: Any, outcomes: Any, number: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     while (cell := tasks.get()) is not None:
         outcomes.put((number, attempt(runner, cell)))
 
 
+def _end_with_parent() -> None:
+    """Ends this process soon after the one that started it: a killed comparison leaves no workers behind."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():
+        time.sleep(1)
+    os._exit(1)
+
+
 class Processes:
-    """Several processes of this machine; its cores are dealt out among them."""
+    """Several processes of this machine; its cores are dealt out among them. One that dies fails its cell and is
+    replaced."""
 
     def __init__(self, runner: CellRunner, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("spawn")
         self.count = count
-        self._outcomes = context.Queue()
-        self._tasks = [context.Queue() for _ in range(count)]
-        threads = max(1, (os.cpu_count() or 1) // count)
+        self._runner = runner
+        self._outcomes: Any = self._context.Queue()
+        self._tasks: dict[int, Any] = {}
+        self._processes: dict[int, Any] = {}
         self._running: dict[int, str] = {}
-        self._processes = [
-            context.Process(target=_work, args=(runner, threads, tasks, self._outcomes, number), daemon=True)
-            for number, tasks in enumerate(self._tasks)
-        ]
-        for process in self._processes:
-            process.start()
+        for number in range(count):
+            self._begin(number)
+
+    def _begin(self, number: int) -> None:
+        threads = max(1, (os.cpu_count() or 1) // self.count)
+        self._tasks[number] = self._context.Queue()
+        work = (self._runner, threads, self._tasks[number], self._outcomes, number)
+        self._processes[number] = self._context.Process(target=_work, args=work, daemon=True)
+        self._processes[number].start()
 
     def start(self, worker: int, cell: Cell) -> None:
         self._running[worker] = cell.name
@@ -140,34 +157,35 @@ class Processes:
         while True:
             try:
                 worker, outcome = self._outcomes.get(timeout=2)
-            except Exception as error:
-                if type(error).__name__ != "Empty":
-                    raise
-                self._check_alive()
-                continue
+            except queue.Empty:
+                died = self._died()
+                if died is None:
+                    continue
+                worker, outcome = died
             del self._running[worker]
             return worker, outcome
 
-    def _check_alive(self) -> None:
+    def _died(self) -> tuple[int, Outcome] | None:
+        """Returns a worker that ended without a word, and what its cell is told; another takes its place."""
         for worker, cell in self._running.items():
             code = self._processes[worker].exitcode
             if code is not None:
-                raise LoramixError(
-                    f"the process that ran {cell} ended (exit code {code}; -9 is mostly too little memory). Start the "
-                    "comparison again with fewer --jobs: finished cells are kept."
-                )
+                self._begin(worker)
+                said = f"its process ended (exit code {code}; -9 is mostly too little memory: lower --jobs)"
+                return worker, Outcome(cell, said)
+        return None
 
     def close(self) -> None:
-        for tasks in self._tasks:
+        for tasks in self._tasks.values():
             tasks.put(None)
-        for process in self._processes:
+        for process in self._processes.values():
             process.join(timeout=5)
             if process.is_alive():
                 process.terminate()
 
 
 class RayWorkers:
-    """Actors of a Ray cluster; a new local one if none is running.
+    """Actors of a Ray cluster, as many as it has places for; a new local one if none is running.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -184,10 +202,13 @@ class RayWorkers:
             address = os.environ.get("RAY_ADDRESS")
             local = {} if address else {"num_cpus": max(count, os.cpu_count() or 1), "include_dashboard": False}
             ray.init(address=address, log_to_driver=False, **local)
-        self.count = count
-        gpus = 1 if torch.cuda.is_available() else 0
-        actor = ray.remote(num_cpus=1, num_gpus=gpus)(_RayWorker)
-        self._actors = [actor.remote(runner) for _ in range(count)]
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        # An actor that finds no place would be given a cell and never run it.
+        places = ray.cluster_resources().get("GPU" if gpus else "CPU", 1)
+        self.count = max(1, min(count, int(places)))
+        self._runner = runner
+        self._actor = ray.remote(num_cpus=1, num_gpus=gpus)(_RayWorker)
+        self._actors = [self._actor.remote(runner) for _ in range(self.count)]
         self._running: dict[Any, tuple[int, str]] = {}
 
     def start(self, worker: int, cell: Cell) -> None:
@@ -199,6 +220,7 @@ class RayWorkers:
         try:
             return worker, self._ray.get(ready[0])
         except self._ray.exceptions.RayError as error:
+            self._actors[worker] = self._actor.remote(self._runner)  # the old one may be dead
             return worker, Outcome(cell, f"its Ray worker failed: {(str(error).splitlines() or [''])[0]}")
 
     def close(self) -> None:

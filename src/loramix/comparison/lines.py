@@ -20,6 +20,8 @@ class Line:
 
     Attributes:
         id: "moa/mixture", "moa/mixture/oracle", "base".
+        held: domain -> hash of the examples it was measured on.
+        asked: domains it was to be measured on, unseen ones aside.
         cells: seed -> domain (None for a cell of all domains) -> what was measured.
     """
 
@@ -31,6 +33,14 @@ class Line:
     routing: str | None
     cells: dict[int, dict[str | None, dict[str, Any]]]
     entries: list[Entry]
+    held: dict[str, str]
+    asked: list[str]
+
+    @property
+    def row(self) -> str:
+        """Its name without base: "moa/mixture", "moa/mixture/oracle"."""
+        words = [self.label] + [self.setting] * (self.setting != "none")
+        return "/".join([*words, *([self.routing] if self.routing is not None else [])])
 
     def stats(self, metric: str, domain: str) -> dict[int, list[list[float]]]:
         """Returns seed -> one vector for each example of a domain, for the seeds that have it."""
@@ -41,6 +51,17 @@ class Line:
             if part is not None:
                 found[seed] = part["stats"]
         return found
+
+    @property
+    def measured(self) -> set[str]:
+        """Domains it has any measurement of."""
+        own = self.routing or OWN
+        return {
+            domain
+            for by_domain in self.cells.values()
+            for one in by_domain.values()
+            for domain in one["routings"].get(own, {})
+        }
 
     @property
     def first(self) -> dict[str, Any] | None:
@@ -71,7 +92,11 @@ def lines_of(comparison: Comparison, planned: Plan, files: Mapping[str, Path]) -
             if entry.cell in read:
                 cells[entry.seed][entry.domain] = read[entry.cell]
         name = "/".join(([short_name(base)] if several else []) + [label] + ([setting] if setting != "none" else []))
-        line = Line(name, short_name(base), label, method_of[label], setting, None, dict(cells), entries)
+        planned_cells = [planned.cells[entry.cell] for entry in entries]
+        held = {domain: digest for cell in planned_cells for domain, digest in cell.held.items()}
+        asked = list(dict.fromkeys(domain for cell in planned_cells for domain in cell.domains))
+        parts = (short_name(base), label, method_of[label], setting, None)
+        line = Line(name, *parts, dict(cells), entries, held, asked)
         lines.append(line)
         for routing in ("oracle", "extracted"):
             if any(routing in one["routings"] for by_domain in cells.values() for one in by_domain.values()):

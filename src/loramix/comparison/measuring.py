@@ -11,6 +11,7 @@ from loramix.building import with_lora
 from loramix.comparison.plan import Cell
 from loramix.comparison.settings import MeasureSettings
 from loramix.data.collation import Example
+from loramix.errors import ModelError
 from loramix.evaluation.choice import choice_generated, choice_measured, letter_ids
 from loramix.evaluation.evaluate import by_domain, measure_routed
 from loramix.evaluation.expert_use import ExpertUse
@@ -108,7 +109,7 @@ class _Measuring:
         """Returns the scores under each routing, and what the routers did."""
         examples = [example for part in self.held.values() for example in part]
         use = ExpertUse(examples, list(self.prepared.domains))
-        letters = letter_ids(self.prepared.tokenizer, [*examples, *(e for part in self.unseen.values() for e in part)])
+        letters = self._letters([*examples, *(e for part in self.unseen.values() for e in part)])
         how: dict[str, Any] = {
             "pad_token_id": self.prepared.pad,
             "batch_size": self.settings.batch_size,
@@ -121,6 +122,15 @@ class _Measuring:
         scores = score(self.model, examples, experts=told, seen=use if routed else None, **how)
         own = by_domain(scores, self.held) | self._unseen_scores(how)
         return {OWN: own}, {"expert_use": asdict(use.result()) if routed else None, "routers": None}
+
+    def _letters(self, examples: Sequence[Example]) -> list[int]:
+        """Returns the letters' token ids; none where the tokenizer cannot tell them and answers are written anyway."""
+        try:
+            return letter_ids(self.prepared.tokenizer, examples)
+        except ModelError:
+            if self.settings.choice_by_generation:
+                return []
+            raise
 
     def _routed(self, use: ExpertUse, how: dict[str, Any]) -> tuple[dict[str, ByDomain], dict[str, Any]]:
         result = measure_routed(self.model, self.held, seen=use, **how)

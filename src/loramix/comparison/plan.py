@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from loramix.adapter_settings import adapter_config
-from loramix.budget import longer_settings, rows_per_step, steps
-from loramix.comparison.settings import BASE, LONGER, Comparison, Row
+from loramix.budget import longer_settings, rows_learned, rows_per_step, steps, steps_for
+from loramix.comparison.rows import LONGER, Row, starts_from_experts
+from loramix.comparison.settings import Comparison
 from loramix.corpus import Encoded
 from loramix.data.collation import Example
 from loramix.methods import method_named
 from loramix.settings import Experiment
+from loramix.training.settings import TrainingSettings
 
 _ROUTERS_ONLY = ("losses", "router_learning_rate")
 Kind = Literal["base", "expert", "longer", "method"]
@@ -39,6 +40,7 @@ class Cell:
         unseen: whether domains nobody trains on are measured too.
         needs: domain -> the cell whose expert it starts from.
         work: examples it learns and measures, for the time left.
+        held: domain -> hash of the examples it is measured on.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Cell:
     unseen: bool
     needs: Mapping[str, str]
     work: int
+    held: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -110,25 +113,67 @@ def plan(comparison: Comparison, encoded: Callable[[Experiment], Encoded]) -> Pl
                 experiment = row.experiment.model_copy(
                     update={"model_name_or_path": base, "seed": seed, "data": data, "controls": []}
                 )
-                _RowPlan(made, row, experiment, encoded(experiment), comparison.two_stages).add()
+                budget = _longest(comparison, encoded(experiment))
+                _RowPlan(made, row, experiment, encoded(experiment), budget).add()
     return made
 
 
-class _RowPlan:
-    """Adds the cells of one row, for one base and seed."""
+Stages = tuple[dict[str, Any], dict[str, Any]]
 
-    def __init__(self, made: Plan, row: Row, experiment: Experiment, data: Encoded, two_stages: bool) -> None:
+
+def _longest(comparison: Comparison, data: Encoded) -> Stages | None:
+    """Returns the stages of the two-stage row that learns most examples, which set how long the others train; the
+    second is empty where no row has one by gradients. None where every row has one stage."""
+    size = sum(len(examples) for examples in data.train.values())
+    rows = [row for row in comparison.rows if row.method == LONGER or starts_from_experts(row.method)]
+    stepped = [row for row in rows if row.method == LONGER or method_named(row.method).stages[-1].takes_steps]
+    if not rows:
+        return None
+    if not stepped:
+        return rows[0].stages[0], {}
+    mixing = [row for row in stepped if row.method != LONGER] or stepped
+
+    def learned(row: Row) -> int:
+        return rows_learned(_settings_of(row.experiment, row.stages[1]), size)
+
+    longest = max(mixing, key=learned)
+    return longest.stages
+
+
+def _settings_of(experiment: Experiment, stage: Mapping[str, Any]) -> TrainingSettings:
+    return experiment.model_copy(update={"training": dict(stage)}).settings({})
+
+
+class _RowPlan:
+    """Adds the cells of one row, for one base and seed.
+
+    Attributes:
+        target: examples that a mixture of one stage learns, and by domain what a single model of such a method learns;
+            None where all simply train by their own settings.
+    """
+
+    def __init__(self, made: Plan, row: Row, experiment: Experiment, data: Encoded, budget: Stages | None) -> None:
         self.made, self.row, self.experiment, self.data = made, row, experiment, data
         self.sizes = {domain: len(examples) for domain, examples in data.train.items()}
-        self.first, self.second = (
-            experiment.model_copy(update={"training": stage}).settings({}) for stage in row.stages
-        )
-        self.joint = steps(self.second, sum(self.sizes.values()))
-        self.total = steps(self.first, sum(self.sizes.values()))
-        if two_stages:
-            rows = sum(steps(self.first, size) for size in self.sizes.values()) * rows_per_step(self.first)
-            rows += self.joint * rows_per_step(self.second)
-            self.total = math.ceil(rows / rows_per_step(self.first))
+        self.first = _settings_of(experiment, row.stages[0])
+        self.second, self.joint = self.first, 0
+        self.target: dict[str | None, int] | None = None
+        if budget is None:
+            return
+        whole = sum(self.sizes.values())
+        alone = _settings_of(experiment, budget[0])
+        by_domain = {domain: rows_learned(alone, size) for domain, size in self.sizes.items()}
+        joint_rows = 0
+        if budget[1]:
+            self.second = _settings_of(experiment, budget[1])
+            self.joint = steps(self.second, whole)
+            joint_rows = rows_learned(self.second, whole)
+        shares = data.shares(experiment.data)
+        target: dict[str | None, int] = {}
+        for domain, rows in by_domain.items():
+            target[domain] = rows + round(joint_rows * shares[domain])
+        target[None] = sum(by_domain.values()) + joint_rows
+        self.target = target
 
     def add(self) -> None:
         everything = tuple(self.data.train)
@@ -142,7 +187,7 @@ class _RowPlan:
                 needs = {domain: self._expert(domain).name for domain in everything}
                 self._enter(setting, None, self._cell("method", everything, self.experiment, {}, needs))
             else:
-                experiment = self._lasting(self.experiment, self.total)
+                experiment = self._lasting(self.experiment, None)
                 self._enter(setting, None, self._cell("method", everything, experiment, {}, {}))
 
     def _alone(self, domain: str) -> Cell:
@@ -154,7 +199,7 @@ class _RowPlan:
             changed = {"training": asdict(settings) | {"losses": dict(settings.losses)}}
             experiment = self.experiment.model_copy(update=changed)
             return self._cell("longer", (domain,), experiment, {}, {domain: self._expert(domain).name})
-        return self._cell("method", (domain,), self._lasting(self.experiment, None), {}, {})
+        return self._cell("method", (domain,), self._lasting(self.experiment, domain), {}, {})
 
     def _expert(self, domain: str) -> Cell:
         """Stage 1 of one domain: the same cell for every row that has the same adapter and settings."""
@@ -181,9 +226,13 @@ class _RowPlan:
         self.made.cells.setdefault(cell.name, cell)
         return cell
 
-    def _lasting(self, experiment: Experiment, total: int | None) -> Experiment:
-        """Returns the experiment with its only stage as long as all stages of a two-stage method."""
-        training = dict(self.row.stages[0]) | ({} if total is None else {"max_steps": total})
+    def _lasting(self, experiment: Experiment, domain: str | None) -> Experiment:
+        """Returns the experiment with its only stage as long as all stages of the longest two-stage row: on all
+        domains, or on one."""
+        training = dict(self.row.stages[0])
+        if self.target is not None:
+            size = sum(self.sizes.values()) if domain is None else self.sizes[domain]
+            training["max_steps"] = steps_for(self.target[domain], self.first, size)
         return experiment.model_copy(update={"training": training, "expert_stage": {}, "joint_stage": {}})
 
     def _cell(
@@ -198,6 +247,9 @@ class _RowPlan:
         base = experiment.model_name_or_path
         content: dict[str, Any] = {"kind": kind, "base": base, "dtype": experiment.dtype, "needs": dict(needs)}
         unseen = bool(self.data.unseen) and len(domains) == len(self.data.train)
+        held = {domain: digest_of_examples(self.data.held[domain]) for domain in domains}
+        if unseen:
+            held |= {domain: digest_of_examples(part) for domain, part in self.data.unseen.items()}
         work = sum(len(self.data.held[d]) for d in domains)
         label = self.row.label
         if kind != "base":
@@ -206,7 +258,7 @@ class _RowPlan:
             content |= {
                 "stages": [asdict(experiment.settings(s)) for s in (experiment.expert_stage, experiment.joint_stage)]
             }
-            content |= {"search": experiment.search.model_dump(), "kinds": experiment.data.kinds}
+            content |= {"search": experiment.search.model_dump(), "kinds": self._kinds(experiment, domains)}
             content["learned"] = {d: digest_of_examples(self.data.train[d]) for d in domains}
             content["shares"] = self.data.shares(experiment.data) if len(domains) > 1 else {}
             work += self._learned(kind, domains, experiment)
@@ -214,7 +266,18 @@ class _RowPlan:
             label = f"{'expert-' * (kind == 'expert')}{label}-s{seed}"
         slug = re.sub(r"[^\w.+=-]+", "-", label)
         name = f"{short_name(base)}/{slug}-{digest(content)[:10]}"
-        return Cell(name, kind, experiment, domains, unseen, needs, work)
+        known = self.made.cells.get(name)
+        if known is not None and known.held != held:  # another row learns the same and is measured on other rows
+            name = f"{name}-{digest(held)[:6]}"
+        return Cell(name, kind, experiment, domains, unseen, needs, work, held)
+
+    def _kinds(self, experiment: Experiment, domains: tuple[str, ...]) -> dict[str, int] | None:
+        """Returns the kinds of data as the losses of a method see them; None for methods that tell none apart."""
+        if not {"localized_balance", "localized_balance_cv"} & set(method_named(experiment.method).losses):
+            return experiment.data.kinds  # type: ignore[return-value]
+        given, count = experiment.data.kinds or {}, len(self.sizes)
+        kinds = {domain: given.get(domain, i * 2 // count) for i, domain in enumerate(self.sizes)}
+        return {domain: kinds[domain] for domain in domains}
 
     def _learned(self, kind: Kind, domains: tuple[str, ...], experiment: Experiment) -> int:
         if kind == "method" and not method_named(experiment.method).stages[-1].takes_steps:
@@ -229,6 +292,3 @@ class _RowPlan:
         seed = experiment.seed
         entry = Entry(self.row.label, setting, experiment.model_name_or_path, seed, domain, cell.name)
         self.made.entries.append(entry)
-
-
-__all__ = ["BASE", "Cell", "Entry", "Plan", "digest", "digest_of_examples", "plan", "short_name"]

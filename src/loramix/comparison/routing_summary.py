@@ -55,14 +55,19 @@ def _calibration(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"ece": ece, "bins": [bins[low] for low in sorted(bins)]}
 
 
-def use_of(measured: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Returns a row's expert use, layers and experts named as short as they can be."""
+def use_of(measured: Mapping[str, Any] | None, method: str) -> dict[str, Any] | None:
+    """Returns a row's expert use, layers and experts named as short as they can be.
+
+    Args:
+        measured: of its cell of all domains.
+        method: the row's.
+    """
     use = (measured or {}).get("expert_use")
     if use is None or not use["layers"]:
         return None
     domains = list(use["by_domain"])
     widest = max(len(layer) for shares in use["by_domain"].values() for layer in shares)
-    named = widest == len(domains) and (measured or {}).get("routers") is not None
+    named = widest == len(domains) and METHODS[method].expert_count == "one per domain"
     shared = _common(use["layers"])
     return {
         "layers": [name.removeprefix(shared) for name in use["layers"]],

@@ -32,6 +32,7 @@ from loramix.training.peak_memory import PeakMemory
 from loramix.tuner.assembly import Expert, take_expert
 
 TRAINED = "trained.json"
+FAILURE = "failure.txt"
 
 
 @dataclass
@@ -54,8 +55,8 @@ class CellRunner:
         return {**self.__dict__, "_encoded": {}, "_tokenizers": {}, "_base": None}
 
     def forget(self) -> None:
-        """Lets go of base and data."""
-        self._encoded, self._tokenizers, self._base = {}, {}, None
+        """Lets go of the base."""
+        self._base = None
 
     def encoded(self, experiment: Experiment) -> Encoded:
         """Returns the encoded data of an experiment; made once for all cells that share it."""
@@ -102,6 +103,7 @@ class CellRunner:
             tuner = method_named(cell.experiment.method).tuner if cell.kind != "base" else "base"
         _check_finite(content, cell)
         write_json(file, content)
+        (file.parent / FAILURE).unlink(missing_ok=True)
         self._keep_base(prepared, model, tuner)
 
     def record_failure(self, cell: Cell, text: str) -> None:
@@ -109,7 +111,7 @@ class CellRunner:
         self._base = None
         folder = self.cells / cell.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "failure.txt").write_text(text, encoding="utf-8")
+        (folder / FAILURE).write_text(text, encoding="utf-8")
 
     def _prepared(self, cell: Cell) -> Prepared:
         experiment, name = cell.experiment, cell.experiment.model_name_or_path
@@ -126,8 +128,9 @@ class CellRunner:
         return prepared
 
     def _keep_base(self, prepared: Prepared, model: Any, tuner: str) -> None:
-        if tuner == "none":
-            return  # the base itself was trained
+        settings = prepared.experiment.settings({**prepared.experiment.expert_stage, **prepared.experiment.joint_stage})
+        if tuner == "none" or settings.activation_checkpointing:
+            return  # the base itself was trained, or keeps its checkpointing hooks
         base = model if tuner == "base" else model.unload() if tuner == "loramix" else model.get_base_model()
         experiment = prepared.experiment
         self._base = f"{experiment.model_name_or_path} {experiment.dtype}", base

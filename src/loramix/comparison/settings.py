@@ -9,17 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from loramix.comparison.rows import BASE, LONGER, Row, Setting, merged, row_of
 from loramix.errors import ConfigError, Problems, did_you_mean
-from loramix.experiment import build, read_yaml, settle, typed
-from loramix.methods import METHODS
+from loramix.experiment import read_yaml, settle
 from loramix.settings import BUILTIN, Experiment
-
-Setting = Literal["single", "mixture"]
-BASE = "base"
-"""The row of the bare base."""
-LONGER = "lora-long"
-"""The row of each domain's LoRA trained on for as long as a mixture's second stage."""
-_ROW_KEYS = ("method", "settings")
 
 
 class _Section(BaseModel):
@@ -44,7 +37,7 @@ class MeasureSettings(_Section):
     """Held-out examples of each domain that are answered by generation; 0 leaves text metrics out."""
     max_new_tokens: int = Field(64, ge=1)
     text: list[Literal["bleu", "rouge_l", "glm_bleu_4", "glm_rouge_l"]] = Field(default=["bleu", "rouge_l"])
-    languages: dict[str, str] = Field(default_factory=dict)
+    languages: dict[str, Literal["en", "zh"]] = Field(default_factory=dict)
     """Domain -> "en" or "zh", for the tokenizer of text metrics; found from the references where it is left out."""
     exact_number: list[str] = Field(default_factory=list)
     """Domains whose answers end in a number that must be right (GSM8K)."""
@@ -76,21 +69,6 @@ class Shared(_Section):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: a label, its method and the experiment it stands for (of the first base and seed).
-
-    `own_stages` is the experiment's settings with both stages, for a row that is no two-stage method but trains as
-    long as one."""
-
-    label: str
-    method: str
-    settings: tuple[Literal["single", "mixture", "none"], ...]
-    experiment: Experiment
-    stages: tuple[dict[str, Any], dict[str, Any]]
-    """Training settings of stage 1 and of stage 2, from which lengths are counted."""
-
-
-@dataclass(frozen=True)
 class Comparison:
     """All choices of a comparison."""
 
@@ -105,11 +83,6 @@ class Comparison:
     @property
     def bases(self) -> list[str]:
         return self.shared.bases
-
-    @property
-    def two_stages(self) -> bool:
-        """Whether some row trains experts first, so that every mixture trains as long as both stages."""
-        return any(row.method == LONGER or _starts_from_experts(row.method) for row in self.rows)
 
     def resolved(self) -> dict[str, Any]:
         """Returns what was settled, for the results file: the shared part, and each row's experiment."""
@@ -127,10 +100,6 @@ def _telling(experiment: Experiment) -> dict[str, Any]:
     )
     kept.get("data", {}).pop("root", None)
     return kept
-
-
-def _starts_from_experts(method: str) -> bool:
-    return method in METHODS and METHODS[method].starts_from_experts
 
 
 @dataclass(frozen=True)
@@ -154,6 +123,8 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Returns a file's content over that of the file it extends, if any; `methods` are replaced as a whole."""
     content = read_yaml(path)
     extended = content.pop("extends", None)
+    if isinstance(content.get("methods"), list):
+        content["methods"] = dict.fromkeys(map(str, content["methods"]))
     if extended is None:
         return content
     parent = (path.parent / str(extended)).resolve()
@@ -162,7 +133,11 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     found = _read(parent, (*below, path.resolve()))
     if "methods" in content:
         found.pop("methods", None)
-    return _merged(found, content)
+    # Each file by itself: a bare key of the parent must not beat the same key in its section here.
+    problems = Problems(str(path))
+    settled = merged(settle(found, (), problems, []), settle(content, (), problems, []))
+    problems.raise_as(ConfigError)
+    return settled
 
 
 def build_comparison(
@@ -175,6 +150,9 @@ def build_comparison(
     if isinstance(content.get("methods"), list):
         content["methods"] = dict.fromkeys(map(str, content["methods"]))
     settled = settle(content, overrides, problems, echoes)
+    if isinstance(settled.get("methods"), list):  # methods=[lora,moa] takes these of the file's rows, or plain methods
+        have = content.get("methods") or {}
+        settled["methods"] = {str(label): have.get(str(label)) for label in settled["methods"]}
     shared = _shared(settled, problems)
     problems.raise_as(ConfigError)
     assert shared is not None
@@ -182,13 +160,13 @@ def build_comparison(
     common["model_name_or_path"] = shared.bases[0]
     rows, found = [], []
     for label, given in shared.methods.items():
-        row, wrong = _row(label, given or {}, common, shared)
+        row, wrong = row_of(label, given or {}, common, shared.settings, shared.output_dir)
         rows += [row] if row is not None else []
         found.append((label, wrong))
     _tell(found, problems)
     problems.raise_as(ConfigError)
     comparison = Comparison(shared, tuple(rows))
-    _check_against(comparison, problems)
+    _check_names(comparison, problems)
     problems.raise_as(ConfigError)
     return LoadedComparison(comparison, tuple(dict.fromkeys(echoes)))
 
@@ -218,62 +196,6 @@ def _shared(settled: dict[str, Any], problems: Problems) -> Shared | None:
     return None
 
 
-def _row(label: str, given: dict[str, Any], common: dict[str, Any], shared: Shared) -> tuple[Row | None, list[str]]:
-    """Returns the row, and what is wrong with it."""
-    problems = Problems(label)
-    own = settle({key: value for key, value in given.items() if key not in _ROW_KEYS}, (), problems, [])
-    method = str(given.get("method", label))
-    if method not in (BASE, LONGER) and method not in METHODS:
-        known = [BASE, LONGER, *METHODS]
-        return None, [f"method = {method!r}: no such method.{did_you_mean(method, known)} Known: {', '.join(known)}."]
-    settings, wrong = _row_settings(method, given.get("settings"), shared)
-    stages = tuple(
-        typed({**common.get("training", {}), **common.get(stage, {}), **own.get("training", {}), **own.get(stage, {})})
-        for stage in ("expert_stage", "joint_stage")
-    )
-    mapping = _merged(common, own)
-    mapping.update(method="lora" if method in (BASE, LONGER) else method, output_dir=shared.output_dir)
-    if method == BASE or METHODS[mapping["method"]].tuner != "loramix":
-        mapping["adapter"] = own.get("adapter", {})
-    if not _starts_from_experts(method):
-        mapping["training"] = stages[0]
-        mapping.pop("expert_stage", None)
-        mapping.pop("joint_stage", None)
-    try:
-        experiment = build(mapping, where=label).experiment
-    except ConfigError as error:
-        return None, wrong + [line.strip() for line in str(error).splitlines()[1:]]
-    return Row(label, method, settings, experiment, (stages[0], stages[1])), wrong
-
-
-def _row_settings(
-    method: str, asked: Any, shared: Shared
-) -> tuple[tuple[Literal["single", "mixture", "none"], ...], list[str]]:
-    """Returns the settings a row is run in: by default the comparison's, as far as the method can."""
-    if method == BASE:
-        return ("none",), []
-    can: tuple[Setting, ...] = ("single", "mixture")
-    if method == LONGER:
-        can = ("single",)
-    elif METHODS[method].expert_count == "one per domain" or METHODS[method].settled_by == "domain":
-        can = ("mixture",)
-    if asked is None:
-        wanted = can if method in ("lora", LONGER) else tuple(s for s in shared.settings if s in can) or can
-        return wanted, []
-    wanted = tuple(asked) if isinstance(asked, list) else (asked,)
-    wrong = [f"settings: {method} can be run as {' and '.join(can)}, not as {s!r}." for s in wanted if s not in can]
-    return tuple(s for s in wanted if s in can), wrong
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a new nested mapping, the second over the first."""
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        merged[key] = _merged(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
 def _tell(found: list[tuple[str, list[str]]], problems: Problems) -> None:
     """Says what every row has wrong once, and the rest by row."""
     everywhere = set.intersection(*(set(wrong) for _, wrong in found)) if len(found) > 1 else set()
@@ -282,14 +204,24 @@ def _tell(found: list[tuple[str, list[str]]], problems: Problems) -> None:
         problems.add(problem if problem in everywhere else f"methods.{', '.join(rows)}: {problem}")
 
 
-def _check_against(comparison: Comparison, problems: Problems) -> None:
-    ids = [
-        f"{row.label}/{setting}" if setting != "none" else row.label
-        for row in comparison.rows
-        for setting in row.settings
-    ]
+def _check_names(comparison: Comparison, problems: Problems) -> None:
+    """Collects names that nothing has: the row others are tested against, domains of what is measured."""
+    ids = [name for row in comparison.rows for name in row.ids]
     against = comparison.shared.against
     if against is not None and against not in ids:
         problems.add(
             f"against = {against!r}: no such row.{did_you_mean(against, ids)} Expected one of {', '.join(ids)}."
         )
+    data = [row.experiment.data for row in comparison.rows]
+    domains = {name for one in data for name in (*one.domains, *one.unseen)}
+    measure = comparison.shared.measure
+    if all(one.path is None for one in data):
+        for key, named in (("languages", list(measure.languages)), ("exact_number", measure.exact_number)):
+            for name in named:
+                if name not in domains:
+                    problems.add(f"measure.{key}: {name!r} is no domain.{did_you_mean(name, domains)}")
+    if measure.exact_number and not measure.answers:
+        problems.add("measure.exact_number is set, but measure.answers = 0, so nothing is answered. Set answers.")
+    short = [base.rstrip("/").rpartition("/")[2] for base in comparison.bases]
+    for name in {name for name in short if short.count(name) > 1}:
+        problems.add(f"bases: two are called {name!r}. Rename a folder: rows are named after their base.")

@@ -48,7 +48,10 @@ def summarise(
     lines = lines_of(comparison, planned, files)
     domains, unseen, counts = _domains(planned, runner)
     draws = Draws(comparison.shared.measure.resamples)
-    rows = [_row(line, domains, unseen, draws, planned, files) for line in lines]
+    core = core_domains(lines, domains)
+    everything = [*domains, *unseen]
+    own = [line for line in lines if line.routing is None]
+    rows = [_row(line, everything, core, draws, planned, files) for line in lines]
     return {
         "format": FORMAT,
         "title": comparison.shared.title,
@@ -57,14 +60,16 @@ def summarise(
         "domains": domains,
         "unseen": unseen,
         "data": counts,
-        "overlap": _overlap(planned, runner),
+        "overlap": overlap_of(planned, runner),
         "metrics": _metrics(lines, [*domains, *unseen]),
         "rows": rows,
-        "paired": _paired(comparison, lines, domains, draws),
-        "routing": {line.id: routing_of(line.cells) for line in lines if line.routing is None and _routed(line)},
+        "paired": _paired(comparison, lines, everything, core, draws),
+        "routing": {line.id: routing_of(line.cells) for line in own if _routed(line)},
         "classifier": classifier_baseline(comparison, planned, runner),
-        "expert_use": {line.id: use for line in lines if line.routing is None and (use := use_of(line.first))},
-        "similarity": {line.id: alike for line in lines if line.routing is None and (alike := _similarity(line))},
+        "expert_use": {
+            line.id: use for line in lines if line.routing is None and (use := use_of(line.first, line.method))
+        },
+        "similarity": {line.id: alike for line in own if (alike := _similarity(line))},
         "curves": curves_of(lines, planned, files),
         "examples": _examples(lines),
         "judge": judge_of(lines),
@@ -81,10 +86,10 @@ def _domains(planned: Plan, runner: CellRunner) -> tuple[list[str], list[str], d
         domains.update(dict.fromkeys(data.train))
         unseen.update(dict.fromkeys(data.unseen))
         counts = {**data.counts, **counts}
-    return list(domains), list(unseen), counts
+    return list(domains), [domain for domain in unseen if domain not in domains], counts
 
 
-def _overlap(planned: Plan, runner: CellRunner) -> list[dict[str, Any]]:
+def overlap_of(planned: Plan, runner: CellRunner) -> list[dict[str, Any]]:
     """Returns the overlaps between parts of all data the rows use, each once."""
     found = [one for cell in planned.cells.values() for one in runner.encoded(cell.experiment).overlap]
     return list({json.dumps(one, sort_keys=True): one for one in found}.values())
@@ -113,7 +118,7 @@ def _metrics(lines: Sequence[Line], domains: Sequence[str]) -> dict[str, Any]:
 def _row(
     line: Line,
     domains: Sequence[str],
-    unseen: Sequence[str],
+    core: Sequence[str],
     draws: Draws,
     planned: Plan,
     files: Mapping[str, Path],
@@ -128,30 +133,32 @@ def _row(
         "routing": line.routing,
         "seeds": sorted(line.cells),
         "scores": {
-            metric: scores
-            for metric in METRICS
-            if (scores := _scores(line, metric, domains, unseen, draws))["by_domain"]
+            metric: scores for metric in METRICS if (scores := _scores(line, metric, domains, core, draws))["by_domain"]
         },
         "cost": cost_of(line.entries, planned.cells, files),
     }
 
 
-def _scores(line: Line, metric: str, domains: Sequence[str], unseen: Sequence[str], draws: Draws) -> dict[str, Any]:
+def _scores(line: Line, metric: str, domains: Sequence[str], core: Sequence[str], draws: Draws) -> dict[str, Any]:
+    """Returns a row's scores by domain, and their mean over the core domains; no mean if a cell of these failed."""
     by_domain, values, by_seed = {}, {}, defaultdict(list)
     value = METRICS[metric].value
-    for domain in (*domains, *unseen):
+    failed = False
+    for domain in domains:
         stats = line.stats(metric, domain)
         if not stats:
+            failed = failed or (domain in core and domain not in line.measured)
             continue
         seeds = [value_of(metric, one) for one in stats.values()]
         values_R = draws.values(domain, list(stats.values()), value)
         by_domain[domain] = _spread(seeds, values_R)
-        if domain in domains:
+        if domain in core:
             values[domain] = values_R
             for seed, one in zip(stats, seeds, strict=True):
                 by_seed[seed].append(one)
     whole = [mean(parts) for parts in by_seed.values() if len(parts) == len(values)]
-    average = _spread(whole, mean_over_domains(values)) if whole and len(whole) == len(by_seed) else None
+    complete = bool(whole) and len(whole) == len(by_seed) and not failed
+    average = _spread(whole, mean_over_domains(values)) if complete else None
     return {"by_domain": by_domain, "average": average, "domains": len(values)}
 
 
@@ -165,47 +172,64 @@ def _spread(by_seed: Sequence[float], values_R: Any) -> dict[str, Any]:
 
 
 def _paired(
-    comparison: Comparison, lines: Sequence[Line], domains: Sequence[str], draws: Draws
+    comparison: Comparison, lines: Sequence[Line], domains: Sequence[str], core: Sequence[str], draws: Draws
 ) -> list[dict[str, Any]]:
-    """Returns the tests of every row against one, on the seeds and domains both have."""
-    reference = reference_of(comparison, lines)
-    if reference is None:
-        return []
+    """Returns the tests of every row against one of the same base."""
     found = []
     for metric in METRICS:
-        for line in lines:
-            tested = _differences(line, reference, metric, domains, draws) if line is not reference else None
-            if tested:
-                found.append({"metric": metric, "row": line.id, "against": reference.id, **tested})
+        for base in dict.fromkeys(line.base for line in lines):
+            same = [line for line in lines if line.base == base]
+            reference = reference_of(comparison, same)
+            for line in same:
+                if reference is None or line is reference:
+                    continue
+                tested = _differences(line, reference, metric, domains, core, draws)
+                if tested:
+                    found.append({"metric": metric, "row": line.id, "against": reference.id, **tested})
     return found
 
 
+def core_domains(lines: Sequence[Line], domains: Sequence[str]) -> list[str]:
+    """Returns the domains that every row was to be measured on: means are over these."""
+    return [domain for domain in domains if all(domain in line.asked for line in lines)]
+
+
 def reference_of(comparison: Comparison, lines: Sequence[Line]) -> Line | None:
-    """Returns the row that others are tested against: as set, else the mixed LoRA, else the first mixture."""
-    mixtures = [line.id for line in lines if line.setting == "mixture" and line.routing is None]
-    wanted = comparison.shared.against or next((i for i in mixtures if i.endswith("lora/mixture")), None)
-    return next((line for line in lines if line.id == (wanted or (mixtures or [""])[0])), None)
+    """Returns the row that others (of one base) are tested against: as set, else the mixed LoRA, else the first
+    mixture."""
+    own = [line for line in lines if line.routing is None]
+    if comparison.shared.against is not None:
+        return next((line for line in own if line.row == comparison.shared.against), None)
+    mixtures = [line for line in own if line.setting == "mixture"]
+    return next((line for line in mixtures if line.method == "lora"), mixtures[0] if mixtures else None)
 
 
 def _differences(
-    line: Line, reference: Line, metric: str, domains: Sequence[str], draws: Draws
+    line: Line, reference: Line, metric: str, domains: Sequence[str], core: Sequence[str], draws: Draws
 ) -> dict[str, Any] | None:
+    """Returns the paired differences on the seeds both have, in the domains that both were measured on by the same
+    examples."""
     value = METRICS[metric].value
     by_domain, firsts, seconds, observed = {}, {}, {}, []
     for domain in domains:
         first, second = line.stats(metric, domain), reference.stats(metric, domain)
-        if not first or not second or len(next(iter(first.values()))) != len(next(iter(second.values()))):
+        seeds = [seed for seed in first if seed in second]
+        if not seeds or line.held[domain] != reference.held[domain]:
             continue
-        firsts[domain] = draws.values(domain, list(first.values()), value)
-        seconds[domain] = draws.values(domain, list(second.values()), value)
-        apart = mean(value_of(metric, s) for s in first.values()) - mean(value_of(metric, s) for s in second.values())
-        observed.append(apart)
-        by_domain[domain] = asdict(difference(apart, firsts[domain], seconds[domain]))
+        ours, theirs = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+        first_R, second_R = draws.values(domain, ours, value), draws.values(domain, theirs, value)
+        apart = mean(value_of(metric, s) for s in ours) - mean(value_of(metric, s) for s in theirs)
+        by_domain[domain] = asdict(difference(apart, first_R, second_R))
+        if domain in core:
+            firsts[domain], seconds[domain] = first_R, second_R
+            observed.append(apart)
     if not by_domain:
         return None
-    complete = all(line.stats(metric, d) for d in domains if reference.stats(metric, d))
-    average = asdict(difference(float(np.mean(observed)), mean_over_domains(firsts), mean_over_domains(seconds)))
-    return {"by_domain": by_domain, "average": average if complete else None}
+    complete = all(domain in firsts for domain in core if reference.stats(metric, domain)) and bool(firsts)
+    average = None
+    if complete:
+        average = asdict(difference(float(np.mean(observed)), mean_over_domains(firsts), mean_over_domains(seconds)))
+    return {"by_domain": by_domain, "average": average}
 
 
 def _routed(line: Line) -> bool:

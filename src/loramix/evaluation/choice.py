@@ -53,7 +53,7 @@ def choice_measured(examples: Sequence[Example], scores: Sequence[Score]) -> Mea
     """
     stats: Stats = []
     for example, score in zip(examples, scores, strict=True):
-        if example.record is None or example.record.right is None:
+        if example.record is None or example.record.right is None or not score.letters:
             continue
         logits = score.letters[: len(example.record.choices)]
         chosen = max(range(len(logits)), key=logits.__getitem__)

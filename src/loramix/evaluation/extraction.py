@@ -9,9 +9,11 @@ from decimal import Decimal, InvalidOperation
 
 from loramix.evaluation.metrics import Measured
 
-_STATED = re.compile(
-    r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b|【答案】\s*([A-Z])|答案[是为]?[\uff1a:]?\s*([A-Z])"
-)
+# From the most to the least said: "the answer is b" may be small, a letter after "option" or by itself may not.
+_ANSWER = re.compile(r"(?i:\banswer(?:\s+is)?\s*:?\s*)\(?([A-Za-z])(?![A-Za-z0-9_'])")
+_CHINESE = re.compile(r"【答案】\s*([A-Z])|答案[是为]?[\uff1a:]?\s*([A-Z])")
+_OPTION = re.compile(r"(?i:\b(?:option|choice)\s+)\(?([A-Z])(?![A-Za-z0-9_'])")
+_ONLY = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 # Not \w: in "故选B" a Chinese character stands before the letter.
 _ALONE = re.compile(r"(?<![A-Za-z0-9_'])([A-Z])(?![A-Za-z0-9_'])")
 # A minus behind a digit or letter is none: "10-5" ends in 5.
@@ -22,26 +24,29 @@ _MARKED = re.compile(r"####\s*([-\u2212]?\$?[\d,]*\.?\d+)")
 def letter(answer: str, options: Sequence[str]) -> int | None:
     """Returns the position of the option an answer names, or None.
 
-    In this order: an answer that is the text of one option (case and outer punctuation aside), a stated letter ("The
-    answer is B", "【答案】B"), the first letter that stands alone. Letters beyond the options do not count.
+    In this order: an answer that is the text of one option (case and outer punctuation aside) or nothing but a letter
+    ("b", "(C)."), a stated letter ("The answer is B", "【答案】B"), one after "option" or "choice", the first capital
+    that stands alone. Letters beyond the options do not count.
     """
     letters = string.ascii_uppercase[: len(options)]
     texts = [_bare(option) for option in options]
     if texts.count(_bare(answer)) == 1 and answer.strip() not in letters:
         return texts.index(_bare(answer))
-    for found in _STATED.finditer(answer):
-        said = next(group for group in found.groups() if group)
-        if said in letters:
+    only = _ONLY.fullmatch(answer.strip())
+    stated = [only] if only is not None else []
+    for pattern in (_ANSWER, _CHINESE, _OPTION):
+        stated += pattern.finditer(answer)
+    stated += [found for found in _ALONE.finditer(answer) if not _is_word(answer, found)]
+    for found in stated:
+        said = next(group for group in found.groups() if group).upper()
+        if said in letters and not (found.re is _ANSWER and _is_word(answer, found)):
             return letters.index(said)
-    for found in _ALONE.finditer(answer):
-        if found.group(1) in letters and not _is_word(answer, found):
-            return letters.index(found.group(1))
     return None
 
 
 def _is_word(answer: str, found: re.Match[str]) -> bool:
-    """Whether a lone A or I begins a phrase ("A dog ...") rather than naming an option."""
-    return found.group(1) in "AI" and bool(re.match(r" [a-z]", answer[found.end() :]))
+    """Whether a lone A or I begins a phrase ("A dog ...", "the answer is a dog") rather than naming an option."""
+    return found.group(1) in "AIai" and bool(re.match(r" [a-z]", answer[found.end() :]))
 
 
 def _bare(text: str) -> str:
