@@ -232,3 +232,21 @@ def test_numbers_are_compared_as_numbers():
     assert not same_number("no idea", "#### 18")
     assert not same_number("no idea", "none either")
     assert number_measured(["#### 2", "3"], ["#### 2", "#### 4"]).stats == [[1.0, 1.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "position"),
+    [
+        ("b", 1),
+        ("(c)", 2),
+        ("The answer is b.", 1),
+        ("I think option A is wrong. The correct answer is C.", 2),
+        ("The answer is B. The answer is C.", 1),
+        ("A dog barks. B", 1),
+        ("The answer is a dog", None),
+        ("Vitamin C", 3),
+        ("E", None),
+    ],
+)
+def test_letters_are_read_as_people_mean_them(answer: str, position: int | None):
+    assert letter(answer, ("Paris", "Rome", "Oslo", "Vitamin C")) == position
