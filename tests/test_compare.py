@@ -15,6 +15,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from loramix.cli.main import run as verb
 from loramix.comparison.compare import Compared, compare, dry_run
 from loramix.comparison.settings import Comparison, build_comparison
 from loramix.errors import ConfigError
@@ -325,3 +326,21 @@ def test_one_comparison_at_a_time_in_a_folder(tmp_path: Path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="another comparison"):
         compare(comparison, SILENT)
+
+
+def test_dry_run_lists_the_cells_and_trains_nothing(
+    finished: tuple[Path, Compared], capsys: pytest.CaptureFixture[str]
+):
+    folder, _ = finished
+    config = folder / "dry.yaml"
+    config.write_text(yaml.safe_dump(content(folder)))
+    assert verb(["compare", str(config), "methods.mosl.r=3", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if "mosl" in line] == [["to", "run"]]
+    assert lines[-1] == "12 cells, 11 finished"
+
+
+def test_a_wrong_launcher_is_refused(finished: tuple[Path, Compared], capsys: pytest.CaptureFixture[str]):
+    folder, _ = finished
+    assert verb(["compare", str(folder / "dry.yaml"), "--launcher", "slurm"]) == 2
+    assert "expected local or ray" in capsys.readouterr().err

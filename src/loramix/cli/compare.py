@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loramix.cli.output import print_json, print_table, progress_console, quiet_libraries, result_console
+from loramix.cli.output import print_json, progress_console, quiet_libraries, result_console
 from loramix.errors import ConfigError, ModelError
 
 
@@ -39,8 +39,9 @@ def compare(
         console.print(echo, highlight=False)
     if dry_run:
         cells, done = comparing.dry_run(loaded.comparison)
-        rows = [[name, cell.kind, str(cell.work), "yes" if name in done else "no"] for name, cell in cells.items()]
-        print_table(f"{len(cells)} cells, {len(done)} finished", ["cell", "kind", "work", "finished"], rows, words=True)
+        for name, cell in cells.items():  # plain lines: names are long, and may be searched
+            print(f"{'finished' if name in done else 'to run':<9} {cell.kind:<7} {name}")
+        print(f"{len(cells)} cells, {len(done)} finished")
         return
     done_now = comparing.compare(loaded.comparison, console, launcher=launcher, jobs=jobs)  # type: ignore[arg-type]
     out = Path(loaded.comparison.shared.output_dir)
