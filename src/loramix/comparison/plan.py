@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from loramix.adapter_settings import adapter_config
-from loramix.budget import longer_settings, rows_learned, rows_per_step, steps, steps_for
-from loramix.comparison.rows import LONGER, Row, starts_from_experts
+from loramix.budget import longer_settings, rows_per_step, steps
+from loramix.comparison.lengths import Lengths, lengths_of
+from loramix.comparison.rows import LONGER, Row
 from loramix.comparison.settings import Comparison
 from loramix.corpus import Encoded
 from loramix.data.collation import Example
 from loramix.methods import method_named
 from loramix.settings import Experiment
-from loramix.training.settings import TrainingSettings
 
 _ROUTERS_ONLY = ("losses", "router_learning_rate")
 Kind = Literal["base", "expert", "longer", "method"]
@@ -113,93 +113,43 @@ def plan(comparison: Comparison, encoded: Callable[[Experiment], Encoded]) -> Pl
                 experiment = row.experiment.model_copy(
                     update={"model_name_or_path": base, "seed": seed, "data": data, "controls": []}
                 )
-                budget = _longest(comparison, encoded(experiment))
-                _RowPlan(made, row, experiment, encoded(experiment), budget).add()
+                data_of_row = encoded(experiment)
+                lengths = lengths_of(comparison.rows, experiment, data_of_row)
+                _RowPlan(made, row, experiment, data_of_row, lengths).add()
     return made
 
 
-Stages = tuple[dict[str, Any], dict[str, Any]]
-
-
-def _longest(comparison: Comparison, data: Encoded) -> Stages | None:
-    """Returns the stages of the two-stage row that learns most examples, which set how long the others train; the
-    second is empty where no row has one by gradients. None where every row has one stage."""
-    size = sum(len(examples) for examples in data.train.values())
-    rows = [row for row in comparison.rows if row.method == LONGER or starts_from_experts(row.method)]
-    stepped = [row for row in rows if row.method == LONGER or method_named(row.method).stages[-1].takes_steps]
-    if not rows:
-        return None
-    if not stepped:
-        return rows[0].stages[0], {}
-    mixing = [row for row in stepped if row.method != LONGER] or stepped
-
-    def learned(row: Row) -> int:
-        return rows_learned(_settings_of(row.experiment, row.stages[1]), size)
-
-    longest = max(mixing, key=learned)
-    return longest.stages
-
-
-def _settings_of(experiment: Experiment, stage: Mapping[str, Any]) -> TrainingSettings:
-    return experiment.model_copy(update={"training": dict(stage)}).settings({})
-
-
 class _RowPlan:
-    """Adds the cells of one row, for one base and seed.
+    """Adds the cells of one row, for one base and seed."""
 
-    Attributes:
-        target: examples that a mixture of one stage learns, and by domain what a single model of such a method learns;
-            None where all simply train by their own settings.
-    """
-
-    def __init__(self, made: Plan, row: Row, experiment: Experiment, data: Encoded, budget: Stages | None) -> None:
-        self.made, self.row, self.experiment, self.data = made, row, experiment, data
-        self.sizes = {domain: len(examples) for domain, examples in data.train.items()}
-        self.first = _settings_of(experiment, row.stages[0])
-        self.second, self.joint = self.first, 0
-        self.target: dict[str | None, int] | None = None
-        if budget is None:
-            return
-        whole = sum(self.sizes.values())
-        alone = _settings_of(experiment, budget[0])
-        by_domain = {domain: rows_learned(alone, size) for domain, size in self.sizes.items()}
-        joint_rows = 0
-        if budget[1]:
-            self.second = _settings_of(experiment, budget[1])
-            self.joint = steps(self.second, whole)
-            joint_rows = rows_learned(self.second, whole)
-        shares = data.shares(experiment.data)
-        target: dict[str | None, int] = {}
-        for domain, rows in by_domain.items():
-            target[domain] = rows + round(joint_rows * shares[domain])
-        target[None] = sum(by_domain.values()) + joint_rows
-        self.target = target
+    def __init__(self, made: Plan, row: Row, experiment: Experiment, data: Encoded, lengths: Lengths) -> None:
+        self.made, self.row, self.experiment, self.data, self.lengths = made, row, experiment, data, lengths
 
     def add(self) -> None:
         everything = tuple(self.data.train)
         for setting in self.row.settings:
             if setting == "none":
-                self._enter(setting, None, self._cell("base", everything, None, {}, {}))
+                self._enter(setting, None, self._cell("base", everything, None, {}))
             elif setting == "single":
                 for domain in everything:
                     self._enter(setting, domain, self._alone(domain))
             elif method_named(self.row.method).starts_from_experts:
                 needs = {domain: self._expert(domain).name for domain in everything}
-                self._enter(setting, None, self._cell("method", everything, self.experiment, {}, needs))
+                self._enter(setting, None, self._cell("method", everything, self.experiment, needs))
             else:
                 experiment = self._lasting(self.experiment, None)
-                self._enter(setting, None, self._cell("method", everything, experiment, {}, {}))
+                self._enter(setting, None, self._cell("method", everything, experiment, {}))
 
     def _alone(self, domain: str) -> Cell:
         if self.row.method == "lora":
             return self._expert(domain)
         if self.row.method == LONGER:
             share = self.data.shares(self.experiment.data)[domain]
-            settings = longer_settings(self.second, self.joint, share)
+            settings = longer_settings(self.lengths.second, self.lengths.joint_steps, share)
             changed = {"training": asdict(settings) | {"losses": dict(settings.losses)}}
             experiment = self.experiment.model_copy(update=changed)
-            return self._cell("longer", (domain,), experiment, {}, {domain: self._expert(domain).name})
-        return self._cell("method", (domain,), self._lasting(self.experiment, domain), {}, {})
+            return self._cell("longer", (domain,), experiment, {domain: self._expert(domain).name})
+        return self._cell("method", (domain,), self._lasting(self.experiment, domain), {})
 
     def _expert(self, domain: str) -> Cell:
         """Stage 1 of one domain: the same cell for every row that has the same adapter and settings."""
@@ -222,17 +172,14 @@ class _RowPlan:
                 "joint_stage": {},
             }
         )
-        cell = self._cell("expert", (domain,), experiment, {}, {})
+        cell = self._cell("expert", (domain,), experiment, {})
         self.made.cells.setdefault(cell.name, cell)
         return cell
 
     def _lasting(self, experiment: Experiment, domain: str | None) -> Experiment:
         """Returns the experiment with its only stage as long as all stages of the longest two-stage row: on all
         domains, or on one."""
-        training = dict(self.row.stages[0])
-        if self.target is not None:
-            size = sum(self.sizes.values()) if domain is None else self.sizes[domain]
-            training["max_steps"] = steps_for(self.target[domain], self.first, size)
+        training = self.lengths.as_long(self.row.stages[0], experiment, domain)
         return experiment.model_copy(update={"training": training, "expert_stage": {}, "joint_stage": {}})
 
     def _cell(
@@ -240,7 +187,6 @@ class _RowPlan:
         kind: Kind,
         domains: tuple[str, ...],
         experiment: Experiment | None,
-        extra: dict[str, Any],
         needs: Mapping[str, str],
     ) -> Cell:
         experiment = experiment or self.experiment
@@ -275,8 +221,8 @@ class _RowPlan:
         """Returns the kinds of data as the losses of a method see them; None for methods that tell none apart."""
         if not {"localized_balance", "localized_balance_cv"} & set(method_named(experiment.method).losses):
             return experiment.data.kinds  # type: ignore[return-value]
-        given, count = experiment.data.kinds or {}, len(self.sizes)
-        kinds = {domain: given.get(domain, i * 2 // count) for i, domain in enumerate(self.sizes)}
+        given, count = experiment.data.kinds or {}, len(self.data.train)
+        kinds = {domain: given.get(domain, i * 2 // count) for i, domain in enumerate(self.data.train)}
         return {domain: kinds[domain] for domain in domains}
 
     def _learned(self, kind: Kind, domains: tuple[str, ...], experiment: Experiment) -> int:
@@ -284,7 +230,7 @@ class _RowPlan:
             return 0
         stage = experiment.joint_stage if kind == "method" else {}
         settings = experiment.settings(stage)
-        return 3 * rows_per_step(settings) * steps(settings, sum(self.sizes[d] for d in domains))
+        return 3 * rows_per_step(settings) * steps(settings, sum(len(self.data.train[d]) for d in domains))
 
     def _enter(self, setting: str, domain: str | None, cell: Cell) -> None:
         self.made.cells.setdefault(cell.name, cell)
