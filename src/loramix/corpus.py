@@ -42,6 +42,11 @@ class Encoded:
         sizes = {domain: len(examples) for domain, examples in self.train.items()}
         return domain_shares(sizes, data.mixing, temperature=data.mixing_temperature, weights=data.mixing_weights)
 
+    def kinds(self, data: DataSettings) -> dict[str, int]:
+        """Returns the kind of each domain, 0 or 1: as set, else the first half 0 and the second half 1."""
+        given, count = data.kinds or {}, len(self.train)
+        return {domain: given.get(domain, position * 2 // count) for position, domain in enumerate(self.train)}
+
 
 def encode_all(experiment: Experiment, tokenizer: Any) -> Encoded:
     """Returns the experiment's data, read, split and encoded.

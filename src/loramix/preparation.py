@@ -63,10 +63,8 @@ class Prepared:
         return self.data.shares(self.experiment.data)
 
     def kinds(self) -> list[int]:
-        """Returns the kind of each domain, 0 or 1: as set, else the first half 0 and the second half 1."""
-        kinds = self.experiment.data.kinds or {}
-        count = len(self.domains)
-        return [kinds.get(domain, position * 2 // count) for position, domain in enumerate(self.domains)]
+        """Returns the kind of each domain, in the order of `domain_ids`."""
+        return list(self.data.kinds(self.experiment.data).values())
 
 
 def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Prepared:

@@ -50,7 +50,7 @@ def compare(
         print_json(done_now.results)
     else:
         result_console().print((out / "tables.md").read_text(encoding="utf-8"), markup=False, highlight=False)
-        result_console().print(f"Results: {out / comparing.RESULTS}, tables.md and report.html", highlight=False)
+        result_console().print(f"Results: {out / comparing.COMPARISON}, tables.md and report.html", highlight=False)
     if done_now.failed:
         lines = [f"  {outcome.cell}: {outcome.problem}" for outcome in done_now.failed]
         raise ModelError("\n".join([f"{len(lines)} cells failed; start again to try them once more:", *lines]))

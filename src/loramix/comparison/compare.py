@@ -24,10 +24,9 @@ from loramix.errors import ConfigError
 from loramix.methods import method_named
 from loramix.models import load_skeleton
 from loramix.preparation import report_overlap
+from loramix.reports.reading import COMPARISON
 from loramix.run_folder import write_json
 from loramix.tuner import check_fit
-
-RESULTS = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def _compare(comparison: Comparison, console: Console, launcher: Launcher, jobs:
         return judged(comparison.shared.measure.judge, lines, against, out / "judge.jsonl", console)
 
     results = summarise(comparison, planned, files, runner, judge)
-    write_json(out / RESULTS, results)
+    write_json(out / COMPARISON, results)
     return Compared(results, failed)
 
 

@@ -221,8 +221,7 @@ class _RowPlan:
         """Returns the kinds of data as the losses of a method see them; None for methods that tell none apart."""
         if not {"localized_balance", "localized_balance_cv"} & set(method_named(experiment.method).losses):
             return experiment.data.kinds  # type: ignore[return-value]
-        given, count = experiment.data.kinds or {}, len(self.data.train)
-        kinds = {domain: given.get(domain, i * 2 // count) for i, domain in enumerate(self.data.train)}
+        kinds = self.data.kinds(experiment.data)
         return {domain: kinds[domain] for domain in domains}
 
     def _learned(self, kind: Kind, domains: tuple[str, ...], experiment: Experiment) -> int:

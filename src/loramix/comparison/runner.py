@@ -17,7 +17,7 @@ from rich.console import Console
 from loramix.budget import expert_settings
 from loramix.building import save, train_method, train_on, with_lora
 from loramix.comparison.measuring import extracts, measure_cell, measure_extracted
-from loramix.comparison.plan import Cell, digest, digest_of_examples
+from loramix.comparison.plan import Cell, digest
 from loramix.comparison.settings import MeasureSettings
 from loramix.corpus import Encoded, encode_all
 from loramix.environment import environment
@@ -74,10 +74,9 @@ class CellRunner:
 
     def measured_file(self, cell: Cell) -> Path:
         """Returns where the cell's measurements lie, once they are made: named for all they depend on."""
-        data = self.encoded(cell.experiment)
         asked = self.measure.model_dump(exclude={"resamples", "classifier", "judge", "batch_size"})
-        held = {domain: digest_of_examples(data.held[domain]) for domain in cell.domains}
-        unseen = {name: digest_of_examples(part) for name, part in data.unseen.items()} if cell.unseen else {}
+        held = {domain: cell.held[domain] for domain in cell.domains}
+        unseen = {domain: found for domain, found in cell.held.items() if domain not in held}
         return self.cells / cell.name / f"measured-{digest([asked, held, unseen])[:10]}.json"
 
     def run(self, cell: Cell) -> None:
@@ -143,8 +142,7 @@ class CellRunner:
         told = prepared.run.path / TRAINED
         if told.is_file():
             return load_trained(prepared.base, prepared.run, method)
-        for left in (prepared.run.model, prepared.run.path / "checkpoint"):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(prepared.run.model, ignore_errors=True)
         prepared.run.log.unlink(missing_ok=True)
         peak = PeakMemory()
         model, stage = self._train(prepared, cell)

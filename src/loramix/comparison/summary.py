@@ -24,8 +24,8 @@ from loramix.environment import environment
 from loramix.evaluation.bootstrap import Draws, difference, interval, mean_over_domains
 from loramix.evaluation.metrics import METRICS, value_of
 from loramix.methods import METHODS
+from loramix.reports.reading import FORMAT
 
-FORMAT = "loramix comparison 1"
 TITLES = {"base": "the base", "lora-long": "LoRA, as long"}
 
 
@@ -66,9 +66,7 @@ def summarise(
         "paired": _paired(comparison, lines, everything, core, draws),
         "routing": {line.id: routing_of(line.cells) for line in own if _routed(line)},
         "classifier": classifier_baseline(comparison, planned, runner),
-        "expert_use": {
-            line.id: use for line in lines if line.routing is None and (use := use_of(line.first, line.method))
-        },
+        "expert_use": {line.id: use for line in own if (use := use_of(line.first, line.method))},
         "similarity": {line.id: alike for line in own if (alike := _similarity(line))},
         "curves": curves_of(lines, planned, files),
         "examples": _examples(lines),

@@ -97,17 +97,18 @@ def read_domains(
 def _held_out(rows: Sequence[Record], count: int) -> tuple[list[Record], list[Record]]:
     """Returns at least `count` rows to measure and the rest to learn; rows that ask the same are on one side, else a
     question with several answers would be learned and asked."""
+    prompts = [" ".join(row.prompt.split()).casefold() for row in rows]
+    by_prompt: dict[str, list[Record]] = {}
+    for prompt, row in zip(prompts, rows, strict=True):
+        by_prompt.setdefault(prompt, []).append(row)
     held: list[Record] = []
     asked: set[str] = set()
-    by_prompt: dict[str, list[Record]] = {}
-    for row in rows:
-        by_prompt.setdefault(" ".join(row.prompt.split()).casefold(), []).append(row)
     for prompt, same in by_prompt.items():
         if len(held) >= count:
             break
         held += same
         asked.add(prompt)
-    return held, [row for row in rows if " ".join(row.prompt.split()).casefold() not in asked]
+    return held, [row for prompt, row in zip(prompts, rows, strict=True) if prompt not in asked]
 
 
 def read_unseen(
