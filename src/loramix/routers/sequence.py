@@ -7,7 +7,7 @@ label's expert is active in every layer and the routers learn the label by cross
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from loramix.routing import Call, Level, Routing, last_true
 
 POOLINGS = ("last", "mean")
 READS = ("base", "experts")
+ADDED_UNITS = 8
+"""Hidden units that an expert brings along which joins a trained mixture."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
@@ -35,6 +37,9 @@ class SequenceRouterConfig:
     """"last": the hidden state of the last prompt token; "mean": the mean over the prompt's tokens."""
     hidden_size: int | None = None
     """Width of the hidden layer; None = number of experts (which gives the paper's 1.05 M parameters)."""
+    added: int = 0
+    """How many of the experts, the last ones, joined after training; each brought ADDED_UNITS hidden units of its own,
+    so that the scores of the others stayed what they were (adapters/growth.py)."""
     activation: str = "tanh"
     reads: str = "base"
     """What the prompt is read with. "experts": the running model, as the paper's text has it; in training the label's
@@ -63,7 +68,13 @@ class SequenceRouterConfig:
             found.append(f"router.activation = {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}.")
         if self.hidden_size is not None and self.hidden_size < 1:
             found.append(f"router.hidden_size = {self.hidden_size}: expected at least 1, or null for one per expert.")
+        if not 0 <= self.added < fewest_experts:
+            found.append(f"router.added = {self.added}: expected 0 to fewer than the {fewest_experts} experts.")
         return found
+
+    def width(self, num_experts: int) -> int:
+        """Returns H: the hidden units of the first experts, and those that later ones brought."""
+        return (self.hidden_size or num_experts - self.added) + ADDED_UNITS * self.added
 
     def build(self, site: Site) -> SequenceRouter:
         return SequenceRouter(self, site.inputs, site.experts)
@@ -79,7 +90,7 @@ class SequenceRouter(nn.Module):
         super().__init__()
         self.config = config
         self.num_experts = num_experts
-        hidden = config.hidden_size or num_experts
+        hidden = config.width(num_experts)
         self.w_in_HI = new_weight(hidden, in_features)
         self.w_out_EH = new_weight(num_experts, hidden)
 
@@ -121,6 +132,23 @@ class SequenceRouter(nn.Module):
         if self.config.reads_base and call.expert_ids_B is not None:
             return self._hard(call.expert_ids_B, None, call)
         return self.decide(self.pool(x_BTI, call.prompt_mask_BT), call)
+
+    @torch.no_grad()
+    def with_expert(self, w_in_UI: Tensor, w_row_H: Tensor) -> SequenceRouter:
+        """Returns a router of one expert more, whose other scores are this one's: they do not see the new units.
+
+        Args:
+            w_in_UI: the new hidden units, (ADDED_UNITS, I).
+            w_row_H: the new expert's row of w_out over the old units and the new, (H + ADDED_UNITS,).
+        """
+        grown = SequenceRouter(
+            replace(self.config, hidden_size=None, added=0), self.w_in_HI.shape[1], self.num_experts + 1
+        )
+        wide_EH = torch.cat([self.w_out_EH, self.w_out_EH.new_zeros(self.num_experts, ADDED_UNITS)], dim=1)
+        grown.w_in_HI = nn.Parameter(torch.cat([self.w_in_HI, w_in_UI.to(self.w_in_HI)]))
+        grown.w_out_EH = nn.Parameter(torch.cat([wide_EH, w_row_H[None].to(self.w_out_EH)]))
+        grown.config = replace(self.config, added=self.config.added + 1)
+        return grown
 
     def _hard(self, chosen_B: Tensor, logits_BE: Tensor | None, call: Call) -> Routing:
         return Routing(

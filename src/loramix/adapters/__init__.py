@@ -1,0 +1,1 @@
+"""Adapter folders as files: read with suspicion, written whole. Nothing of a base is needed."""
