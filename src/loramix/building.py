@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import set_seed
 
@@ -18,10 +19,15 @@ from loramix.evaluation.scoring import score
 from loramix.methods import Method, method_named
 from loramix.opening import ADAPTER
 from loramix.preparation import Prepared
+from loramix.routers.sequence import SequenceRouter
 from loramix.training.gradient_free import search_weights
+from loramix.training.prompt_states import prompt_states
+from loramix.training.router_fit import RouterFit, fit_routers
 from loramix.training.settings import TrainingSettings
 from loramix.training.stages import train_stage
 from loramix.tuner.assembly import Expert, put_experts
+from loramix.tuner.guide import ForwardGuide
+from loramix.tuner.layer import LoramixLinear
 
 
 def with_lora(prepared: Prepared, expert: str) -> PeftModel:
@@ -93,6 +99,39 @@ def train_method(
     losses = {**method.losses, **settings.losses}
     title = f"{method.name}: {' and '.join(stage.trains)}"
     return model, train_on(prepared, model, title, domains or prepared.domains, settings, losses)
+
+
+def teach_routers(prepared: Prepared, experts: dict[str, Expert]) -> tuple[Any, dict[str, Any]]:
+    """Returns the experiment's method with its experts as they are and its routers taught, and what was seen.
+
+    Only sequence routers can be taught so; see training/router_fit.py.
+    """
+    started = time.monotonic()
+    model = with_method(prepared)
+    put_experts(model.get_base_model(), ADAPTER, experts)
+    prompts = [
+        (e.encoded.input_ids[: e.encoded.prompt_length], e.domain_id) for d in prepared.train.values() for e in d
+    ]
+    prepared.console.print(f"reading {len(prompts)} prompts for the routers ...", highlight=False)
+    states = prompt_states(model, prompts, pad_token_id=prepared.pad)
+    settings = joint_settings(prepared)
+    fit = RouterFit(learning_rate=settings.router_learning_rate, seed=settings.seed)
+    losses = fit_routers(routers_of(model), states, torch.tensor([domain for _, domain in prompts]), fit)
+    seen = {"steps": fit.steps, "tokens": sum(len(ids) for ids, _ in prompts)}
+    seconds = round(time.monotonic() - started, 1)
+    return model.eval(), {**seen, "seconds": seconds, "loss": sum(losses.values()) / len(losses)}
+
+
+def routers_of(model: Any) -> dict[str, SequenceRouter]:
+    """Returns the routers of a sequence-routed model by scope, in forward order."""
+    return {scope: door.router(ADAPTER) for scope, door in doors_of(model).items()}
+
+
+def doors_of(model: Any) -> dict[str, LoramixLinear]:
+    """Returns the modules that routers sit at, by scope, in forward order."""
+    mixture = ForwardGuide.of(model.get_base_model()).active()
+    assert mixture is not None
+    return mixture.doors
 
 
 def _search(prepared: Prepared, model: Any, method: Method) -> dict[str, Any]:

@@ -15,8 +15,13 @@ from loramix.models import layers_of
 from loramix.settings import Experiment
 
 
-def contradictions(experiment: Experiment) -> list[str]:
-    """Returns what is wrong with choices that are each possible but not together."""
+def contradictions(experiment: Experiment, *, with_data: bool = True) -> list[str]:
+    """Returns what is wrong with choices that are each possible but not together.
+
+    Args:
+        experiment: the choices.
+        with_data: whether its data will be read, so that every domain must have a file.
+    """
     try:
         method: Method | None = method_named(experiment.method)
         found = []
@@ -26,6 +31,8 @@ def contradictions(experiment: Experiment) -> list[str]:
     if method is not None:
         found += _against_method(experiment, method)
     found += _data_contradictions(experiment)
+    if with_data:
+        found += _missing_files(experiment)
     # An unknown method is reported above; the adapter's own numbers are checked all the same, as if it were LoRA.
     loramix_adapter = method is not None and method.tuner == "loramix"
     try:
@@ -124,10 +131,6 @@ def _data_contradictions(experiment: Experiment) -> list[str]:
     for name in ("max_train_examples", "max_test_examples"):
         known = None if data.path is not None else {*data.domains, *data.unseen}
         found += _limit_problems(name, getattr(data, name), known)
-    if not data.domains and data.path is None:
-        found.append("data.domains: missing. Name at least one domain and its file, or data.path.")
-    if data.path is None:
-        found += [f"data.domains.{d}: has no file. Name one." for d, source in data.domains.items() if not source]
     if data.mixing == "weights" and set(data.mixing_weights or {}) != set(data.domains):
         found.append(
             f"data.mixing_weights names {sorted(data.mixing_weights or {})}, expected the "
@@ -141,6 +144,15 @@ def _data_contradictions(experiment: Experiment) -> list[str]:
     if data.kinds is not None and data.domains and set(data.kinds) != set(data.domains):
         found.append(f"data.kinds names {sorted(data.kinds)}, expected the domains {sorted(data.domains)}.")
     return found
+
+
+def _missing_files(experiment: Experiment) -> list[str]:
+    data = experiment.data
+    if data.path is not None:
+        return []
+    if not data.domains:
+        return ["data.domains: missing. Name at least one domain and its file, or data.path."]
+    return [f"data.domains.{d}: has no file. Name one." for d, source in data.domains.items() if not source]
 
 
 def _limit_problems(name: str, most: Any, known: set[str] | None) -> list[str]:

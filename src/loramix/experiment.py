@@ -58,14 +58,19 @@ class Loaded:
     echoes: tuple[str, ...]
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+def load(path: str | Path, overrides: Sequence[str] = (), *, with_data: bool = True) -> Loaded:
     """Returns the experiment of a YAML file with `key=value` overrides.
+
+    Args:
+        path: the file.
+        overrides: texts.
+        with_data: whether its data will be read. A mixture composed of adapters has none until it is given some.
 
     Raises:
         ConfigError: with all problems: unreadable file, unknown keys with the nearest known, impossible values,
             contradictions.
     """
-    return build(read_yaml(path), overrides, where=str(path))
+    return build(read_yaml(path), overrides, where=str(path), with_data=with_data)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -86,14 +91,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def build(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "the settings") -> Loaded:
+def build(
+    content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "the settings", with_data: bool = True
+) -> Loaded:
     """Returns the experiment of a mapping with `key=value` overrides; raises as `load` does."""
     problems = Problems(where)
     echoes: list[str] = []
     settled = settle(content, overrides, problems, echoes)
     experiment = _validated(settled, problems)
     if experiment is not None:
-        for problem in contradictions(experiment):
+        for problem in contradictions(experiment, with_data=with_data):
             problems.add(problem)
     elif isinstance(settled.get("method"), str) and settled["method"] not in METHODS:
         problems.add(f"method = {settled['method']!r}: no such method.{did_you_mean(settled['method'], METHODS)}")

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from loramix.errors import LoramixError, ModelError
+from loramix.adapters.adapter import read_adapter
+from loramix.adapters.lora import Lora, as_lora
+from loramix.adapters.mixture import check_mixture
+from loramix.errors import LoramixError, ModelError, Problems
+from loramix.experiment import load
 from loramix.methods import Method, method_named
 from loramix.models import load_base, load_tokenizer
-from loramix.preparation import Prepared
 from loramix.run_folder import RunFolder
 from loramix.settings import Experiment
-from loramix.tuner.assembly import Expert, take_expert
 
 ADAPTER = "default"
 """Name of the adapter of every run, as PEFT names an only adapter."""
 
 
 def check_trained(run: RunFolder, method: Method) -> None:
-    """Raises a ModelError if the run has no trained model."""
+    """Raises a ModelError if the run has no trained model, or an adapter that is not whole; nothing is loaded yet."""
     expected = "config.json" if method.tuner == "none" else "adapter_config.json"
     if not (run.model / expected).is_file():
         raise ModelError(f"{run.path}: the run has no trained model (model/ is missing). Train it to the end first.")
+    if method.tuner == "loramix":
+        check_mixture(read_adapter(run.model))
 
 
 def load_adapter(base: Any, folder: Path, *, is_trainable: bool = False) -> PeftModel:
@@ -66,11 +71,35 @@ def open_model(experiment: Experiment, run: RunFolder) -> tuple[Any, Any]:
     return load_trained(base, run, method), load_tokenizer(experiment.model_name_or_path)
 
 
-def load_experts(prepared: Prepared) -> dict[str, Expert]:
-    """Returns the experts that stage 1 of a finished run left in its folder."""
-    experts: dict[str, Expert] = {}
-    for domain in prepared.domains:
-        model = load_adapter(prepared.base, prepared.run.expert(domain))
-        experts[domain] = take_expert(model.get_base_model(), ADAPTER)
-        prepared.base = model.unload()
+def open_run(path: str | Path) -> tuple[RunFolder, Experiment]:
+    """Returns the folder and the settings of a run, whose data need not be there.
+
+    Raises:
+        ConfigError: there is no run, or its settings are damaged.
+    """
+    run = RunFolder.opened(path)
+    return run, load(run.config, with_data=False).experiment
+
+
+def load_experts(run: RunFolder, domains: Sequence[str]) -> dict[str, Lora]:
+    """Returns the experts that stage 1, or an import, left in a run's folder.
+
+    Raises:
+        ModelError: one is missing or damaged; all at once.
+    """
+    problems = Problems(f"the experts in {run.path}")
+    experts: dict[str, Lora] = {}
+    for domain in domains:
+        if not run.expert(domain).is_dir():
+            there = sorted(p.name for p in run.expert(domain).parent.glob("*") if p.is_dir())
+            problems.add(
+                f"{domain}: no expert of that name. There are: {', '.join(there) or 'none'}. Name the domains as the "
+                "experts are named."
+            )
+            continue
+        try:
+            experts[domain] = as_lora(read_adapter(run.expert(domain)))
+        except ModelError as error:
+            problems.add(str(error))
+    problems.raise_as(ModelError)
     return experts

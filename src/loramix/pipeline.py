@@ -7,6 +7,7 @@ pass over one base.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,15 +18,16 @@ import torch
 from rich.console import Console
 
 from loramix.budget import all_stages, expert_settings, longer
-from loramix.building import save, train_method, train_on, with_lora
+from loramix.building import save, teach_routers, train_method, train_on, with_lora
 from loramix.data.collation import Example
-from loramix.errors import DataError
+from loramix.errors import ConfigError, DataError, did_you_mean
 from loramix.evaluation.evaluate import RoutedResult, Row, measure_routed, rows_of, score_domains
 from loramix.evaluation.generation import answer
 from loramix.evaluation.scoring import Score
 from loramix.methods import method_named
-from loramix.opening import ADAPTER, check_trained, load_trained
-from loramix.preparation import Prepared, prepare
+from loramix.opening import ADAPTER, check_trained, load_adapter, load_experts, load_trained
+from loramix.preparation import Prepared, prepare, record
+from loramix.prompt_store import prompts_of, write_prompts
 from loramix.run_folder import RunFolder, write_json
 from loramix.settings import Experiment
 from loramix.training.settings import TrainingSettings
@@ -67,14 +69,23 @@ class Results:
         return content
 
 
-def run_experiment(experiment: Experiment, console: Console) -> dict[str, Any]:
+def run_experiment(experiment: Experiment, console: Console, stage: str | None = None) -> dict[str, Any]:
     """Trains and measures everything the experiment asks for and returns the content of results.json.
 
     Args:
         experiment: the settings.
         console: where progress is shown.
+        stage: one stage alone, see `stages_of`; a later one than "experts" goes on from the experts in the run's
+            folder.
+
+    Raises:
+        ConfigError: the method has no such stage.
+        ModelError: an expert to go on from is missing or damaged.
     """
     started = time.monotonic()
+    _check_stage(experiment.method, stage)
+    if stage not in (None, "experts"):
+        return _go_on(experiment, console, str(stage), started)
     prepared = prepare(experiment, console)
     results = Results()
     if "base" in experiment.controls:
@@ -85,11 +96,52 @@ def run_experiment(experiment: Experiment, console: Console) -> dict[str, Any]:
         _train_one(prepared, results, prepared.run.model, expert_settings(prepared))
     else:
         experts = _train_experts(prepared, results) if method.starts_from_experts else {}
-        if "mixed" in experiment.controls:
-            _train_one(prepared, results, prepared.run.mixed, all_stages(prepared))
-        _train_method(prepared, results, experts)
+        if stage is None:
+            if "mixed" in experiment.controls:
+                _train_one(prepared, results, prepared.run.mixed, all_stages(prepared))
+            _train_method(prepared, results, experts)
+    return _finished(prepared, results, started)
+
+
+def stages_of(method: str) -> list[str]:
+    """Returns what can be trained by itself: the method's stages where it has several; and routers alone, with the
+    experts as they are, where a label teaches them."""
+    known = method_named(method)
+    names = [stage.name for stage in known.stages] if known.starts_from_experts else []
+    return [*names, "routers"] if "routing_cross_entropy" in known.losses else names
+
+
+def _check_stage(method: str, stage: str | None) -> None:
+    if stage is not None and stage not in (known := stages_of(method)):
+        raise ConfigError(
+            f"--stage {stage}: method {method} has {'the stages ' + ', '.join(known) if known else 'one stage'}. "
+            f"{'Name one of them.' if known else 'Leave --stage out.'}{did_you_mean(stage, known)}"
+        )
+
+
+def _go_on(experiment: Experiment, console: Console, stage: str, started: float) -> dict[str, Any]:
+    """A later stage, from the experts that lie in the run's folder: left by stage 1, or imported."""
+    run = RunFolder.opened(experiment.output_dir)
+    prepared = prepare(experiment, console, new=False)
+    experts = load_experts(run, prepared.domains)
+    record(prepared)
+    results = Results()
+    if run.results.is_file():
+        earlier = json.loads(run.results.read_text(encoding="utf-8"))
+        results.rows = [Row(**row) for row in earlier["rows"] if row["model"] in ("base", "single", "single_long")]
+        results.stages = {k: v for k, v in earlier["stages"].items() if k.startswith(("expert ", "longer "))}
+    if not any(row.model == "single" for row in results.rows):
+        for domain in prepared.domains:
+            model = load_adapter(prepared.base, run.expert(domain))
+            results.rows += rows_of("single", _own_domain(prepared, model, domain))
+            prepared.base = model.unload()
+    _train_method(prepared, results, {name: expert.modules for name, expert in experts.items()}, stage)
+    return _finished(prepared, results, started)
+
+
+def _finished(prepared: Prepared, results: Results, started: float) -> dict[str, Any]:
     results.seconds = time.monotonic() - started
-    content = results.as_dict(prepared.domains, experiment.method)
+    content = results.as_dict(prepared.domains, prepared.experiment.method)
     write_json(prepared.run.results, content)
     return content
 
@@ -126,11 +178,17 @@ def _train_one(prepared: Prepared, results: Results, folder: Path, settings: Tra
     prepared.base = model.unload()
 
 
-def _train_method(prepared: Prepared, results: Results, experts: dict[str, Expert]) -> None:
-    """The method's last stage; measured, for a routed one under every decision; one answer for each domain."""
+def _train_method(prepared: Prepared, results: Results, experts: dict[str, Expert], stage: str | None = None) -> None:
+    """The method's last stage, or its routers alone; measured, for a routed one under every decision; one answer for
+    each domain."""
     name = prepared.experiment.method
-    model, results.stages[method_named(name).stages[-1].name] = train_method(prepared, experts)
+    stage = stage or method_named(name).stages[-1].name
+    train = teach_routers if stage == "routers" else train_method
+    model, results.stages[stage] = train(prepared, experts)
     save(model, prepared.run.model)
+    if method_named(name).settled_by == "prompt":
+        most = prepared.experiment.data.stored_prompts
+        write_prompts(prepared.run.prompts, {d: prompts_of(part, most) for d, part in prepared.train.items()})
     prepared.console.print(f"measuring {name} ...", highlight=False)
     measure(prepared, model, results)
     write_json(prepared.run.results, results.as_dict(prepared.domains, name))

@@ -84,17 +84,39 @@ def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Pr
         check_fit(load_skeleton(experiment.model_name_or_path), adapter_config(experiment, list(data.train)))
     base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
     run = RunFolder(Path(experiment.output_dir))
+    prepared = Prepared(experiment, run, base, tokenizer, data, console)
     if new:
         run.create()
-        run.config.write_text(as_yaml(_anchored(experiment)), encoding="utf-8")
-        write_json(run.environment, environment())
-        write_json(run.data, {**data.counts, OVERLAP: data.overlap} if data.overlap else data.counts)
+        record(prepared)
     _report_cuts(data.counts, console)
     report_overlap(data.overlap, console)
-    return Prepared(experiment, run, base, tokenizer, data, console)
+    return prepared
 
 
-def _anchored(experiment: Experiment) -> Experiment:
+def record(prepared: Prepared) -> None:
+    """Writes into the run's folder what it is made of: settings, machine and versions, data."""
+    run, data = prepared.run, prepared.data
+    run.config.write_text(as_yaml(anchored(prepared.experiment)), encoding="utf-8")
+    write_json(run.environment, environment())
+    write_json(run.data, {**data.counts, OVERLAP: data.overlap} if data.overlap else data.counts)
+
+
+def without_data(experiment: Experiment, run: RunFolder, names: Sequence[str], console: Console) -> Prepared:
+    """Returns a base for work on a mixture that needs no examples.
+
+    Args:
+        experiment: the settings.
+        run: its folder.
+        names: of the domains, in the order of the experts.
+        console: where progress is shown.
+    """
+    nothing: dict[str, list[Example]] = {name: [] for name in names}
+    data = Encoded(nothing, dict(nothing), {}, {}, [])
+    base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
+    return Prepared(experiment, run, base, load_tokenizer(experiment.model_name_or_path), data, console)
+
+
+def anchored(experiment: Experiment) -> Experiment:
     """Returns the experiment with local paths made absolute, so that the run can be opened from anywhere."""
 
     data = experiment.data

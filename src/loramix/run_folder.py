@@ -23,6 +23,7 @@ class RunFolder:
     longer/NAME/      control: the same, trained as long as stage 2
     mixed/            control: one LoRA on all domains
     model/            the method's adapter, loadable by PEFT
+    prompts.jsonl     some training prompts of each domain, for experts that join later
     results.json      what was measured
     """
 
@@ -47,6 +48,10 @@ class RunFolder:
     @property
     def results(self) -> Path:
         return self.path / "results.json"
+
+    @property
+    def prompts(self) -> Path:
+        return self.path / "prompts.jsonl"
 
     @property
     def model(self) -> Path:
@@ -79,7 +84,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes the run, and nothing else that lies in its folder."""
-        for file in (self.config, self.environment, self.log, self.data, self.results):
+        for file in (self.config, self.environment, self.log, self.data, self.prompts, self.results):
             file.unlink(missing_ok=True)
         for folder in (self.model, self.mixed, self.path / "experts", self.path / "longer"):
             shutil.rmtree(folder, ignore_errors=True)

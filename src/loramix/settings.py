@@ -67,6 +67,9 @@ class DataSettings(_Section):
     """Domains that are measured and never learned."""
     seed: int | None = None
     """Which rows are held out and chosen; by default the run's seed."""
+    stored_prompts: int = Field(32, ge=0)
+    """How many training prompts of each domain a routed run keeps, so that routers can learn a new expert beside the
+    old ones (`loramix experts add`); 0 keeps none."""
     max_length: int = Field(512, ge=8)
     truncation: Literal["error", "drop", "left", "right"] = "right"
     loss_on: Literal["response", "all"] = "response"

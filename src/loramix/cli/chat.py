@@ -27,13 +27,10 @@ def chat(
 
     from loramix.data.prompts import encode_prompts
     from loramix.data.records import Message
-    from loramix.experiment import load
     from loramix.methods import method_named
-    from loramix.opening import open_model
-    from loramix.run_folder import RunFolder
+    from loramix.opening import open_model, open_run
 
-    folder = RunFolder.opened(run)
-    experiment = load(folder.config).experiment
+    folder, experiment = open_run(run)
     model, tokenizer = open_model(experiment, folder)
     settled_by = method_named(experiment.method).settled_by
     told = _told(model, settled_by, expert)

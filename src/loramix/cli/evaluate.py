@@ -52,9 +52,9 @@ def evaluate(
     _check_options([name for name, value in asks.items() if value not in (None, [])], benchmark, max_examples)
     folder = RunFolder.opened(run)
     overrides = [f"data.max_test_examples={max_examples}"] if max_examples else []
-    experiment = load(folder.config, overrides).experiment
+    tasks = list(dict.fromkeys(name.strip() for part in benchmark or [] for name in part.split(",") if name.strip()))
+    experiment = load(folder.config, overrides, with_data=not benchmark or "own" in tasks).experiment
     if benchmark:
-        tasks = list(dict.fromkeys(name.strip() for part in benchmark for name in part.split(",") if name.strip()))
         how: dict[str, Any] = {"folders": tasks_dir or [], "data": _by_task(data or []), "limit": limit}
         how |= {"expert": expert, "chat": _through_template(tasks, chat_template)}
         results = _benchmarks(experiment, folder, tasks, how)

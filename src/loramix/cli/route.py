@@ -27,13 +27,10 @@ def route(
 ) -> None:
     quiet_libraries()
     from loramix.errors import ConfigError
-    from loramix.experiment import load
     from loramix.methods import method_named
-    from loramix.opening import open_model
-    from loramix.run_folder import RunFolder
+    from loramix.opening import open_model, open_run
 
-    folder = RunFolder.opened(run)
-    experiment = load(folder.config).experiment
+    folder, experiment = open_run(run)
     if method_named(experiment.method).settled_by != "prompt":
         raise ConfigError(
             f"{run}: method {experiment.method} settles no expert for a prompt, so there is nothing to show. Runs of "

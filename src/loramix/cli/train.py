@@ -17,21 +17,35 @@ def add_to(app: typer.Typer) -> None:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file; see recipes/ and docs/settings.md.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file, or the folder of a run; see recipes/ and docs/settings.md.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings over the file's: learning_rate=1e-4 ...")
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            help="One stage alone: experts; or, from the experts in the run's folder, joint (its name in `loramix "
+            "methods show`), or routers with the experts as they are."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     quiet_libraries()
-    from loramix.experiment import load
+    from loramix.experiment import build, load, read_yaml
     from loramix.pipeline import run_experiment
+    from loramix.run_folder import RunFolder
 
-    loaded = load(config, overrides or [])
+    if config.is_dir():  # a run's folder may have moved since its settings were written
+        file = RunFolder.opened(config).config
+        loaded = build({**read_yaml(file), "output_dir": str(config)}, overrides or [], where=str(file))
+    else:
+        loaded = load(config, overrides or [])
     console = progress_console()
     for echo in loaded.echoes:
         console.print(echo, highlight=False)
-    results = run_experiment(loaded.experiment, console)
+    results = run_experiment(loaded.experiment, console, stage)
     if as_json:
         print_json(results)
     else:
