@@ -89,7 +89,8 @@ def test_public_things_are_documented():
 
 
 def test_nothing_unsafe_is_called():
-    forbidden = ("import pickle", "from pickle", "pickle.", "torch.load(", "yaml.load(", "eval(", "exec(", "shell=True", "trust_remote_code=True")
+    forbidden = ("import pickle", "from pickle", "pickle.", "torch.load(", "yaml.load(", "eval(", "exec(")
+    forbidden += ("shell=True", "trust_remote_code=True")
     for path in FILES:
         text = path.read_text().replace("model.eval()", "").replace(".eval()", "")
         for word in forbidden:

@@ -246,7 +246,7 @@ def _expert_said(model: Any, example: Example, domain: str) -> dict[str, Any]:
     prompt = torch.tensor([example.encoded.input_ids[: example.encoded.prompt_length]], device=model.device)
     pinned = model.peft_config[ADAPTER].decision == "pinned"
     route = model.route(input_ids=prompt, expert=domain if pinned else None)[0]
-    return {"expert": route.expert, "probability": round(route.probabilities[route.expert], 4)}
+    return {"expert": route.expert, "probability": None if route.probability is None else round(route.probability, 4)}
 
 
 def measure_run(experiment: Experiment, run: RunFolder, console: Console) -> dict[str, Any]:

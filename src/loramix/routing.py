@@ -22,6 +22,9 @@ from loramix.errors import ConfigError
 
 Level = Literal["sequence", "token"]
 
+NO_EXPERT = -1
+"""Stands for an expert where the base alone answers."""
+
 
 class ExpertOrder(NamedTuple):
     """The S * K choices of a routing, sorted by expert, for kernels that work on one expert's tokens together.
@@ -153,8 +156,10 @@ class Call:
         mask_BT: real tokens of this forward's input, bool (B, T).
         prompt_mask_BT: tokens a sequence router may read, bool (B, T); never the response.
         prompt_width: where the last prompt ends, if known; reading the prompts goes no further.
-        expert_ids_B: the expert of each row if it is settled (label, pin or decision), int64 (B,); else None.
+        expert_ids_B: the expert of each row if it is settled (label, pin or decision), int64 (B,), NO_EXPERT for a row
+            that the base answers alone; else None.
         domain_ids_B: the domain of each row, for routers that are told it, int64 (B,); else None.
+        labels_B: the domain of each row as the caller gave it, for losses; None where it gave none.
         carried: routings of the prefill, by scope, for the decode steps that follow it.
         base_only: this forward reads the prompt with the base alone: routers take in what they see, experts rest.
         stop_after: the scope after whose router the forward is abandoned (reading a prompt); None for a whole forward.
@@ -168,6 +173,7 @@ class Call:
     prompt_width: int | None = None
     expert_ids_B: Tensor | None = None
     domain_ids_B: Tensor | None = None
+    labels_B: Tensor | None = None
     carried: dict[str, Routing] = field(default_factory=dict)
     base_only: bool = False
     stop_after: str | None = None

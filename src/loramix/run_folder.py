@@ -25,6 +25,7 @@ class RunFolder:
     model/            the method's adapter, loadable by PEFT
     prompts.jsonl     some training prompts of each domain, for experts that join later
     results.json      what was measured
+    abstention.json   how well prompts that no expert fits are told apart, if it was calibrated
     """
 
     path: Path
@@ -52,6 +53,10 @@ class RunFolder:
     @property
     def prompts(self) -> Path:
         return self.path / "prompts.jsonl"
+
+    @property
+    def abstention(self) -> Path:
+        return self.path / "abstention.json"
 
     @property
     def model(self) -> Path:
@@ -84,7 +89,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes the run, and nothing else that lies in its folder."""
-        for file in (self.config, self.environment, self.log, self.data, self.prompts, self.results):
+        for file in (self.config, self.environment, self.log, self.data, self.prompts, self.results, self.abstention):
             file.unlink(missing_ok=True)
         for folder in (self.model, self.mixed, self.path / "experts", self.path / "longer"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -26,6 +26,7 @@ from loramix.methods import method_named
 from loramix.routers.sequence import ADDED_UNITS, SequenceRouter, SequenceRouterConfig
 from loramix.tuner import LoramixConfig
 
+_MEANS = ".abstention.means_ED"
 Score = tuple[Tensor, Tensor]
 """What a new expert adds to one router: w_in rows (ADDED_UNITS, I) and its row of w_out (H + ADDED_UNITS,)."""
 
@@ -44,7 +45,9 @@ def growth_problem(config: LoramixConfig) -> str | None:
     return None
 
 
-def with_expert(adapter: Adapter, name: str, expert: Lora, scores: Mapping[str, Score]) -> Adapter:
+def with_expert(
+    adapter: Adapter, name: str, expert: Lora, scores: Mapping[str, Score], mean_D: Tensor | None = None
+) -> Adapter:
     """Returns a mixture with one more expert, at the end.
 
     Args:
@@ -52,6 +55,7 @@ def with_expert(adapter: Adapter, name: str, expert: Lora, scores: Mapping[str, 
         name: of the new expert.
         expert: of the mixture's rank and scaling, on the same modules.
         scores: for moa: what it adds to each router, by the module that the router sits at.
+        mean_D: for a mixture that is calibrated to abstain: where the new domain lies (routers/abstention.py).
 
     Raises:
         ConfigError: the method's mixtures do not grow, or the name cannot be used.
@@ -80,6 +84,9 @@ def with_expert(adapter: Adapter, name: str, expert: Lora, scores: Mapping[str, 
         router.load_state_dict({"w_in_HI": tensors[inner], "w_out_EH": tensors[outer]})
         grown = router.with_expert(*score).state_dict()
         tensors[inner], tensors[outer] = grown["w_in_HI"], grown["w_out_EH"]
+    for key in [key for key in tensors if key.endswith(_MEANS)]:
+        assert mean_D is not None, "a calibrated mixture must know where the new domain lies"
+        tensors[key] = torch.cat([tensors[key], mean_D[None].to(tensors[key].dtype)])
     changed["router"] = {**adapter.config["router"], "added": settings.added + 1}
     return replace(adapter, config=changed, tensors=tensors)
 
@@ -113,7 +120,7 @@ def without_expert(adapter: Adapter, name: str) -> Adapter:
 
 def _by_expert(key: str) -> bool:
     """Whether the first dimension of a tensor counts experts."""
-    return key.endswith((".A_ERI", ".B_EOR", ".prototypes_EI", ".w_out_EH"))
+    return key.endswith((".A_ERI", ".B_EOR", ".prototypes_EI", ".w_out_EH", _MEANS))
 
 
 def _with_count(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from loramix.errors import ConfigError, ModelError, Problems, did_you_mean
 from loramix.methods import Method, method_named
 from loramix.models.targets import is_ffn
 from loramix.tuner import LoramixConfig
+from loramix.tuner.abstaining import BASE
 from loramix.tuner.config import SCHEMA_VERSION
 from loramix.tuner.places import scope_name
 
@@ -93,9 +94,15 @@ def _check_routers(
     for scope, found in doors.items():
         if len(found) != 1:
             problems.add(f"{scope}: {len(found) or 'no'} routers, expected one. The file is incomplete: get it anew.")
-    sets = {frozenset(parts) for parts in routers.values()}
+    sets = {frozenset(p for p in parts if not p.startswith("abstention.")) for parts in routers.values()}
     if len(sets) > 1:
         problems.add(f"routers of different make: {', '.join(sorted('+'.join(sorted(s)) for s in sets))}.")
+    calibrated = sum(any(p.startswith("abstention.") for p in parts) for parts in routers.values())
+    if calibrated != (config.abstention is not None):
+        problems.add(
+            f"abstention: calibrated at {calibrated} routers, adapter_config.json says "
+            f"{'one' if config.abstention is not None else 'none'}. The two files do not belong together."
+        )
 
 
 def _parts(
@@ -193,6 +200,8 @@ def new_name_problem(config: LoramixConfig, name: str) -> str | None:
     """Returns why an expert cannot be called so, or None."""
     if wrong := name_problem(name):
         return wrong
+    if name == BASE:
+        return f"{name!r} stands for the base alone. Choose another name."
     if name in (config.experts or []):
         return f"{name!r} is taken. Experts: {', '.join(config.experts or [])}. Choose another name."
     return None

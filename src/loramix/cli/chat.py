@@ -20,6 +20,10 @@ def chat(
     expert: Annotated[
         str | None, typer.Option(help="Pin one expert instead of routing; for moelora-task, the domain.")
     ] = None,
+    abstain: Annotated[
+        bool | None,
+        typer.Option("--abstain/--no-abstain", help="Leave prompts unlike all domains to the base; on if calibrated."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 128,
 ) -> None:
     quiet_libraries()
@@ -27,6 +31,7 @@ def chat(
 
     from loramix.data.prompts import encode_prompts
     from loramix.data.records import Message
+    from loramix.errors import ConfigError
     from loramix.methods import method_named
     from loramix.opening import open_model, open_run
 
@@ -34,6 +39,8 @@ def chat(
     model, tokenizer = open_model(experiment, folder)
     settled_by = method_named(experiment.method).settled_by
     told = _told(model, settled_by, expert)
+    if abstain and settled_by != "prompt":
+        raise ConfigError(f"--abstain: method {experiment.method} settles no expert for a prompt. Leave it out.")
     console = result_console()
     if sys.stdin.isatty():
         console.print(f"{experiment.method}. An empty line ends.", highlight=False)
@@ -48,9 +55,10 @@ def chat(
         turns.append(Message("user", text))
         batch = {k: v.to(model.device) for k, v in encode_prompts(tokenizer, [turns]).items()}
         if settled_by == "prompt":
-            route = model.route(**batch, expert=expert)[0]
+            route = model.route(**batch, expert=expert, abstain=abstain)[0]
             told = {"expert": route.expert}
-            about = f"[{route.expert} {route.probabilities[route.expert]:.0%}] "
+            sure = "" if route.probability is None else f" {route.probability:.0%}"
+            about = f"[{route.expert}{sure}] "
             console.print(about, end="", markup=False, highlight=False)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         written = model.generate(

@@ -8,7 +8,21 @@ from collections.abc import Sequence
 import typer
 
 from loramix import __version__
-from loramix.cli import chat, compare, demo, env, evaluate, experts, export, methods, report, route, train, validate
+from loramix.cli import (
+    calibrate,
+    chat,
+    compare,
+    demo,
+    env,
+    evaluate,
+    experts,
+    export,
+    methods,
+    report,
+    route,
+    train,
+    validate,
+)
 from loramix.cli.output import EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_USAGE, fail
 from loramix.errors import LoramixError
 
@@ -20,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, train, compare, report, evaluate, route, chat, experts, export, methods, validate, env):
+for verb in (demo, train, compare, report, evaluate, route, chat, calibrate, experts, export, methods, validate, env):
     verb.add_to(app)
 
 

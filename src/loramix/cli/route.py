@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loramix.cli.output import print_json, print_table, quiet_libraries
+
+if TYPE_CHECKING:
+    from loramix.tuner.routes import Route
 
 
 def add_to(app: typer.Typer) -> None:
@@ -22,6 +25,10 @@ def route(
     text: Annotated[list[str], typer.Option("--text", "-t", help="A prompt; may be given several times.")],
     decision: Annotated[
         str | None, typer.Option(help="last, vote, per_layer, layer:k; the run's own by default.")
+    ] = None,
+    abstain: Annotated[
+        bool | None,
+        typer.Option("--abstain/--no-abstain", help="Send prompts unlike all domains to the base; on if calibrated."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the routes as JSON.")] = False,
 ) -> None:
@@ -37,7 +44,7 @@ def route(
             "moa can be asked."
         )
     model, tokenizer = open_model(experiment, folder)
-    routes = model.route(text, tokenizer, decision=decision)
+    routes = model.route(text, tokenizer, decision=decision, abstain=abstain)
     if as_json:
         print_json([{"text": one, **asdict(way)} for one, way in zip(text, routes, strict=True)])
         return
@@ -46,7 +53,15 @@ def route(
         for expert, probability in sorted(way.probabilities.items(), key=lambda pair: -pair[1]):
             layers = [scope.rpartition(".")[2] for scope, vote in way.votes.items() if vote == expert]
             rows.append([expert, f"{probability:.1%}", str(len(layers)), _ranges([int(n) for n in layers])])
-        print_table(f"{one}\n-> {way.expert} (by {way.decision})", ["expert", "probability", "votes", "layers"], rows)
+        print_table(f"{one}\n-> {way.expert} ({_why(way)})", ["expert", "probability", "votes", "layers"], rows)
+
+
+def _why(way: Route) -> str:
+    """Returns by which decision, and where it was asked, how far the prompt is from all domains."""
+    if way.score is None or way.threshold is None:
+        return f"by {way.decision}"
+    sign = ">" if way.score > way.threshold else "<="
+    return f"by {way.decision}; score {way.score:.3f} {sign} threshold {way.threshold:.3f}"
 
 
 def _ranges(numbers: list[int]) -> str:

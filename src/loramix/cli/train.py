@@ -72,7 +72,8 @@ def show(results: dict[str, Any]) -> None:
         console.print(f"\n[bold]{one['domain']}[/bold]", highlight=False)
         console.print(f"  prompt    {_short(one['prompt'])}", markup=False, highlight=False)
         if "expert" in one:
-            console.print(f"  expert    {one['expert']} ({one['probability']:.1%})", markup=False, highlight=False)
+            sure = "" if one["probability"] is None else f" ({one['probability']:.1%})"
+            console.print(f"  expert    {one['expert']}{sure}", markup=False, highlight=False)
         console.print(f"  answer    {_short(one['answer'])}", markup=False, highlight=False)
         console.print(f"  reference {_short(one['reference'])}", markup=False, highlight=False)
 

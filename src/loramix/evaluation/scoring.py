@@ -75,7 +75,8 @@ def score(
             asked["domain_ids"] = torch.tensor([experts[i] for i in positions], device=device)
             asked["prompt_mask"] = batch["prompt_mask"]
         elif decision is not None:
-            asked.update(decision=decision, prompt_mask=batch["prompt_mask"])
+            # What is compared are decisions among experts; what goes to the base is calibrate's to measure.
+            asked.update(decision=decision, prompt_mask=batch["prompt_mask"], abstain=False)
         wanted_P = batch["positions"]
         logits_BPV = logits_at(model, wanted_P, can_choose=can_choose, **asked)
         nll_BP, supervised_BP = next_token_nll(logits_BPV, batch["labels"], wanted_P)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from loramix.adapters.adapter import read_adapter, write_adapter
+from loramix.adapters.adapter import read_adapter, replace_folder, write_adapter
 from loramix.adapters.growth import Score, growth_problem, with_expert
 from loramix.adapters.lora import as_lora
 from loramix.adapters.mixture import check_mixture, new_name_problem
@@ -31,7 +32,7 @@ from loramix.preparation import Prepared, anchored, prepare
 from loramix.prompt_store import prompts_of, read_prompts, write_prompts
 from loramix.routers.sequence import SequenceRouter
 from loramix.run_folder import RunFolder
-from loramix.settings import Experiment
+from loramix.settings import DataSettings, Experiment
 from loramix.training.prompt_states import Prompt, prompt_states
 from loramix.training.router_fit import RouterFit, fit_added
 from loramix.tuner import LoramixConfig
@@ -90,19 +91,27 @@ def add_expert(
     _train_alone(prepared, name, making, added)
     lora = as_lora(read_adapter(making))
     scores: dict[str, Score] = {}
+    mean_D: Tensor | None = None
     new_prompts = prompts_of(prepared.train[name], experiment.data.stored_prompts or 32)
     if config.method == "moa":
-        scores = _teach(prepared, run, config, name, new_prompts, added, replay)
-    changed = with_expert(adapter, name, lora, scores)
+        scores, mean_D = _teach(prepared, run, config, name, new_prompts, added, replay)
+    changed = with_expert(adapter, name, lora, scores, mean_D)
     write_adapter(changed, run.model)
     run.expert(name).parent.mkdir(exist_ok=True)
-    making.rename(run.expert(name))
-    domains = {**experiment.data.domains, name: anchored(prepared.experiment).data.domains[name]}
-    data = experiment.data.model_copy(update={"domains": domains})
+    replace_folder(making, run.expert(name))
+    data = _with_domain(experiment.data, name, anchored(prepared.experiment).data.domains[name])
     run.config.write_text(as_yaml(experiment.model_copy(update={"data": data})), encoding="utf-8")
     if config.method == "moa" and experiment.data.stored_prompts:
         write_prompts(run.prompts, {**read_prompts(run.prompts), name: new_prompts})
     return added
+
+
+def _with_domain(data: DataSettings, name: str, source: Any) -> DataSettings:
+    """Returns the data settings with one more domain; mixed by weights, it gets as much as the others on average."""
+    update: dict[str, Any] = {"domains": {**data.domains, name: source}}
+    if weights := data.mixing_weights:
+        update["mixing_weights"] = {**weights, name: sum(weights.values()) / len(weights)}
+    return data.model_copy(update=update)
 
 
 def _labelled_problem(experiment: Experiment) -> str | None:
@@ -164,8 +173,9 @@ def _teach(
     new_prompts: Sequence[Sequence[int]],
     added: Added,
     replay: bool,
-) -> dict[str, Score]:
-    """Returns what the new expert adds to each router, by the module it sits at."""
+) -> tuple[dict[str, Score], Tensor | None]:
+    """Returns what the new expert adds to each router, by the module it sits at; and where its domain lies, if the
+    mixture is calibrated to abstain."""
     names = list(config.experts or [])
     stored = read_prompts(run.prompts) if replay else {}
     without = [one for one in names if not stored.get(one)]
@@ -193,8 +203,12 @@ def _teach(
     scope = last_scope_needed(decision if decision.startswith("layer:") else "last", list(routers))
     shown = torch.cat([states[scope][: len(old)], states[scope][learned:]])
     _look(routers[scope], shown, by_scope[scope], names, old, added)
+    mean_D = None
+    for where, one in routers.items():
+        if (part := one.abstention) is not None:
+            mean_D = ((states[where][len(old) : learned] - part.center_I) @ part.whiten_ID).mean(dim=0)
     prepared.base = model.unload()
-    return {door: by_scope[scope] for scope, door in doors.items()}
+    return {door: by_scope[scope] for scope, door in doors.items()}, mean_D
 
 
 def _look(

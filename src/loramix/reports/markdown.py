@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loramix.reports import quality_tables, run_tables
+from loramix.reports import abstention, quality_tables, run_tables
 from loramix.reports.reading import Content
 from loramix.reports.tables import Table
 
@@ -11,7 +11,8 @@ def all_tables(content: Content) -> list[Table]:
     """Returns all tables: results first, what the clock decides last."""
     results = [*quality_tables.quality(content), *quality_tables.as_in_moa(content), *quality_tables.paired(content)]
     about = [run_tables.overlap(content), run_tables.data(content), run_tables.signatures(content)]
-    made = [*results, *quality_tables.judge(content), *run_tables.routers(content), *about, run_tables.cost(content)]
+    routing = [*run_tables.routers(content), *abstention.table(content)]
+    made = [*results, *quality_tables.judge(content), *routing, *about, run_tables.cost(content)]
     return [table for table in made if table is not None]
 
 

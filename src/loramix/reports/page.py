@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from loramix.reports import expert_plots, plots, quality_tables, routing_plots, run_tables
+from loramix.reports import abstention, expert_plots, plots, quality_tables, routing_plots, run_tables
 from loramix.reports.drawing import Drawing
 from loramix.reports.reading import Content
 from loramix.reports.tables import Table, bases, competes, names
@@ -60,7 +60,7 @@ def page(contents: Sequence[Content]) -> str:
 def _part(content: Content, prefix: str) -> Part:
     groups = [
         ("What domains do to each other", plots.interference(content, prefix)),
-        ("Routing", routing_plots.routing(content, prefix)),
+        ("Routing", [*routing_plots.routing(content, prefix), *abstention.drawings(content, prefix)]),
         ("Experts at work", expert_plots.expert_use(content, prefix)),
         ("Experts compared", expert_plots.similarity(content, prefix)),
         ("Training", plots.curves(content, prefix)),
@@ -76,7 +76,7 @@ def _part(content: Content, prefix: str) -> Part:
         headline=headline(content),
         unmeasured=quality_tables.unmeasured(content),
         glance=plots.means(content, prefix),
-        quality=[*quality, *run_tables.routers(content)],
+        quality=[*quality, *run_tables.routers(content), *abstention.table(content)],
         tests=quality_tables.paired(content),
         later=[table for make in later if (table := make(content)) is not None],
         drawings=[(title, group) for title, group in groups if group],

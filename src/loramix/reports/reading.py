@@ -18,6 +18,8 @@ from loramix.run_folder import RunFolder
 
 FORMAT = "loramix comparison 1"
 COMPARISON = "comparison.json"
+ABSTENTION = "abstention.json"
+"""What `loramix calibrate` writes into a run."""
 Content = dict[str, Any]
 _KEYS = (
     *("title", "config", "environment", "domains", "unseen", "data", "overlap", "metrics", "rows", "paired"),
@@ -116,6 +118,7 @@ def _of_run(folder: Path) -> Content:
         "curves": _curves(run.log, f"{method}/mixture"),
         "examples": _examples(results),
         "judge": None,
+        **({"abstention": _json(folder / ABSTENTION)} if (folder / ABSTENTION).is_file() else {}),
     }
 
 

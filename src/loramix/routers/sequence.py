@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loramix.routers.abstention import Abstention
 from loramix.routers.base import SettledBy, Site, new_weight
 from loramix.routing import Call, Level, Routing, last_true
 
@@ -93,6 +94,7 @@ class SequenceRouter(nn.Module):
         hidden = config.width(num_experts)
         self.w_in_HI = new_weight(hidden, in_features)
         self.w_out_EH = new_weight(num_experts, hidden)
+        self.abstention: Abstention | None = None
 
     def pool(self, x_BTI: Tensor, prompt_mask_BT: Tensor) -> Tensor:
         """Returns one state per sequence in fp32, (B, I), from prompt positions only."""
@@ -151,9 +153,10 @@ class SequenceRouter(nn.Module):
         return grown
 
     def _hard(self, chosen_B: Tensor, logits_BE: Tensor | None, call: Call) -> Routing:
+        # A row without expert names the first with weight 0: what is added to the base's output is exactly nothing.
         return Routing(
-            ids=chosen_B[:, None],
-            weights=self.w_out_EH.new_ones(len(chosen_B), 1),
+            ids=chosen_B.clamp(min=0)[:, None],
+            weights=(chosen_B >= 0).to(self.w_out_EH.dtype)[:, None],
             logits=logits_BE,
             level="sequence",
             mask=call.prompt_mask_BT.any(dim=1),

@@ -47,9 +47,10 @@ def prompt_states(
     ]
     alone: Callable[[], Any] = model.disable_adapter if mixture.reads_base else nullcontext
     model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))  # like lengths together: little is padded
     try:
         for start in range(0, len(prompts), batch_size):
-            some = prompts[start : start + batch_size]
+            some = [prompts[i] for i in order[start : start + batch_size]]
             width = max(len(ids) for ids, _ in some)
             ids_BT = torch.full((len(some), width), pad_token_id)
             real_BT = torch.zeros(len(some), width, dtype=torch.bool)
@@ -63,4 +64,5 @@ def prompt_states(
     finally:
         for hook in hooks:
             hook.remove()
-    return {scope: torch.cat(parts) for scope, parts in found.items()}
+    back = torch.tensor(order).argsort()
+    return {scope: torch.cat(parts)[back] for scope, parts in found.items()}

@@ -12,11 +12,11 @@ from loramix.experts import BankConfig, allocation_problem, extremes
 from loramix.experts.apply import BACKENDS
 from loramix.methods import Method, method_named
 from loramix.routers import RouterConfig
+from loramix.routers.abstention import AbstentionConfig
+from loramix.tuner.config_checks import abstention_problems, backend_problems, name_problems
 from loramix.tuner.decisions import decision_problem
 from loramix.tuner.registration import LORAMIX
 
-RANK_STEP = 4
-"""What grouped GEMMs in fp32 need a rank to be a multiple of (16 bytes)."""
 SCHEMA_VERSION = 1
 """Raised when a file of this version could be misread by an older loramix."""
 
@@ -52,6 +52,7 @@ class LoramixConfig(PeftConfig):
         scope: who shares one router's decision: "module", "block", "layer" or "model"; the method's own by default.
         decision: how a sequence is settled at inference: "last", "vote", "per_layer", "layer:k" or "pinned".
         backend: "auto", or one of `experts.apply.BACKENDS`.
+        abstention: a calibration, written by `loramix calibrate`; None: every prompt gets an expert.
         schema_version: version of the file format; set by loramix.
 
     Raises:
@@ -80,6 +81,7 @@ class LoramixConfig(PeftConfig):
     scope: str | None = None
     decision: str | None = None
     backend: str = "auto"
+    abstention: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def __post_init__(self) -> None:
@@ -104,7 +106,12 @@ class LoramixConfig(PeftConfig):
             self._name_experts(method, problems)
             self._resolve_bank(method, problems)
             self._resolve_router(method, problems)
-            self._check_backend(problems)
+            router = self.router_config()
+            for problem in (
+                *backend_problems(self.backend, self.method, router, self.r, self.rank),
+                *abstention_problems(self.abstention, method, self.router),
+            ):
+                problems.add(problem)
         problems.raise_as(ConfigError)
 
     def _take_defaults(self, method: Method) -> None:
@@ -168,9 +175,8 @@ class LoramixConfig(PeftConfig):
         self.num_experts = len(self.experts)
         if by_layer and extremes(self.allocation, 0)[1] != len(self.experts):
             problems.add(f"experts names {len(self.experts)}, but allocation = {self.allocation!r}. Leave experts out.")
-        repeated = sorted({name for name in self.experts if self.experts.count(name) > 1})
-        if repeated:
-            problems.add(f"experts: {', '.join(repeated)} given more than once. Expected distinct names.")
+        for problem in name_problems(self.experts, method):
+            problems.add(problem)
         if method.expert_count == "one" and len(self.experts) != 1:
             problems.add(f"method {method.name} has one expert, but {len(self.experts)} are named. Name one.")
         if method.expert_count == "one per domain" and len(self.experts) < 2:
@@ -235,21 +241,6 @@ class LoramixConfig(PeftConfig):
                 "scope = 'model' has one decision for all layers, but allocation gives them different numbers."
             )
 
-    def _check_backend(self, problems: Problems) -> None:
-        router = self.router_config()
-        by_token = router is not None and router.level == "token"
-        if self.backend == "grouped" and not by_token:
-            problems.add(f"backend = 'grouped' needs routing by token; method {self.method} has none. Use 'auto'.")
-        if self.backend == "grouped" and self.rank % RANK_STEP:
-            problems.add(
-                f"r = {self.r}: backend 'grouped' needs experts of a rank that is a multiple of {RANK_STEP} (of 8 in "
-                "16-bit types). Round it up, or use 'concat'."
-            )
-        if self.backend == "per_sequence" and by_token:
-            problems.add(
-                f"backend = 'per_sequence' needs one decision a sequence; {self.method} routes by token. Use 'auto'."
-            )
-
     def _overridden(self, name: str, default: Any, problems: Problems) -> Any:
         """Returns a frozen value of the method with the user's settings of the same name put over it."""
         given, known = getattr(self, name) or {}, [one.name for one in fields(default)]
@@ -270,6 +261,10 @@ class LoramixConfig(PeftConfig):
         """Returns the form of the banks."""
         return BankConfig(**(self.bank or {}))
 
+    def abstention_config(self) -> AbstentionConfig | None:
+        """Returns the calibration as a value, or None for an adapter without one."""
+        return AbstentionConfig(**self.abstention) if self.abstention else None
+
     @property
     def rank(self) -> int:
         """Rank of one expert."""
@@ -284,5 +279,7 @@ class LoramixConfig(PeftConfig):
         return float(self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings with sets as sorted lists, so that the same adapter gives the same file."""
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+        """Returns the settings with sets as sorted lists, so that the same adapter gives the same file; without
+        `abstention` where nothing was calibrated, as before there was such a thing."""
+        given = {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+        return {k: v for k, v in given.items() if k != "abstention" or v is not None}

@@ -1,9 +1,9 @@
 """Tells each forward of a model how to route, before its layers run.
 
 One hook on the whole model serves every way in: PEFT, transformers' own `add_adapter`, Trainer, `generate`. It takes
-our private arguments out of the call (`domain_ids`, `prompt_mask`, `decision`), works out which tokens are prompt, and
-settles the experts of the sequences that begin here. Sequences that go on (decode steps on a filled cache) keep theirs:
-the cache was computed with those experts.
+our private arguments out of the call (`domain_ids`, `prompt_mask`, `decision`, `abstain`), works out which tokens are
+prompt, and settles the experts of the sequences that begin here. Sequences that go on (decode steps on a filled cache)
+keep theirs: the cache was computed with those experts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from loramix.errors import ConfigError
 from loramix.routing import Call, PromptRead, Routing, RoutingContext, copies_per_row
+from loramix.tuner.abstaining import Calibrated, calibration_of, held_experts
+from loramix.tuner.attached import AttachedLosses
 from loramix.tuner.checkpointing import CheckpointGuard
-from loramix.tuner.decisions import last_scope_needed, settle
+from loramix.tuner.decisions import last_scope_needed
 from loramix.tuner.masks import cached_tokens, prompt_tokens, prompt_width, real_tokens
 from loramix.tuner.mixture import Mixture, checked_ids
 from loramix.tuner.persistence import TransformersLoad
@@ -36,6 +38,7 @@ class ForwardGuide:
         self.context = RoutingContext()
         self.checkpoints = CheckpointGuard(model, self.context)
         self.mixtures: dict[str, Mixture] = {}
+        self.attached: AttachedLosses | None = None
         self._settled: Tensor | dict[str, Routing] | None = None
         self._reading = False
         self._hooks: list[RemovableHandle] = []
@@ -44,8 +47,7 @@ class ForwardGuide:
     @staticmethod
     def of(model: nn.Module) -> ForwardGuide:
         """Returns the guide of a base model; made and hooked up the first time."""
-        found = getattr(model, _NAME, None)
-        if isinstance(found, ForwardGuide):
+        if (found := ForwardGuide.on(model)) is not None:
             return found
         guide = ForwardGuide(model)
         setattr(model, _NAME, guide)
@@ -55,6 +57,12 @@ class ForwardGuide:
         ]
         TransformersLoad(model).install()
         return guide
+
+    @staticmethod
+    def on(model: nn.Module) -> ForwardGuide | None:
+        """Returns the guide of a base model, or None where no adapter of ours is on it."""
+        found = getattr(model, _NAME, None)
+        return found if isinstance(found, ForwardGuide) else None
 
     def leave(self) -> None:
         """Takes the hook and everything put on the model away; the base is as it was."""
@@ -83,6 +91,7 @@ class ForwardGuide:
         domain_ids = kwargs.pop("domain_ids", None)
         prompt_mask = kwargs.pop("prompt_mask", None)
         decision = kwargs.pop("decision", None)
+        abstain = kwargs.pop("abstain", None)
         mixture = self.active()
         if mixture is None or not mixture.doors:
             self.context.call = None
@@ -95,11 +104,12 @@ class ForwardGuide:
         self.context.call = None
         if mixture.settled_by != "prompt":
             self.context.call = self._unsettled(mask_BT, domain_ids, mixture, inputs)
+            self.context.call.labels_B = None if domain_ids is None else domain_ids.to(inputs.device)
             return args, kwargs
         call = Call(mask_BT=mask_BT, prompt_mask_BT=prompt_tokens(prompt_mask, kwargs.get("labels"), mask_BT))
         call.prompt_width = prompt_width(prompt_mask, call.prompt_mask_BT)
         if domain_ids is not None:
-            call.expert_ids_B = checked_ids(domain_ids, rows, mixture, inputs.device)
+            call.labels_B = call.expert_ids_B = checked_ids(domain_ids, rows, mixture, inputs.device)
             if module.training and mixture.reads_base:
                 self._read_base(inputs, kwargs, call, mixture.scopes[-1])
         elif isinstance(self._settled, Tensor):
@@ -115,7 +125,8 @@ class ForwardGuide:
                 f"({', '.join(mixture.config.experts or [])}), or call model.eval()."
             )
         else:
-            self._settle_here(inputs, kwargs, call, mixture, decision or mixture.config.decision or "last")
+            calibrated = calibration_of(mixture, abstain)
+            self._settle_here(inputs, kwargs, call, decision or mixture.config.decision or "last", calibrated)
         self.context.call = call
         return args, kwargs
 
@@ -136,14 +147,19 @@ class ForwardGuide:
                 )
         return call
 
-    def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Remembers with which routing a key-value cache was filled. Registered as forward hook of the base model."""
+    def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Remembers with which routing a key-value cache was filled, and hangs attached losses on the output of a
+        training forward. Registered as forward hook of the base model."""
         cache = getattr(output, "past_key_values", None)
         call = self.context.call
         mixture = self.active()
         settles = mixture is not None and mixture.settled_by == "prompt"
         if settles and cache is not None and call is not None and call.routings and not self._reading:
             self._of_cache[cache] = dict(call.routings)
+        learning = module.training and torch.is_grad_enabled() and not self._reading
+        if self.attached is not None and learning and call is not None and call.routings:
+            return self.attached.onto(output, call)
+        return None
 
     def routings_of(self, cache: Any) -> dict[str, Routing] | None:
         """Returns the routing a key-value cache was filled with, by scope, or None for one that is new or unknown."""
@@ -168,7 +184,7 @@ class ForwardGuide:
         self._of_cache = WeakKeyDictionary()
 
     def _settle_here(
-        self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, mixture: Mixture, decision: str
+        self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, decision: str, calibrated: Calibrated | None
     ) -> None:
         """Settles the experts of sequences that begin with this forward."""
         mask = kwargs.get("attention_mask")
@@ -177,16 +193,25 @@ class ForwardGuide:
                 "the prompt's mask has a form from which padding cannot be told (a static cache through transformers' "
                 "own adapters, for example). Use the PeftModel's generate, or pass domain_ids."
             )
-        if decision == "per_layer" and not mixture.reads_base:
+        mixture = self.active()
+        if decision == "per_layer" and mixture is not None and not mixture.reads_base:
             return  # each router decides as the forward comes by; nothing is to be known beforehand
-        read = self.read_prompts(inputs, kwargs, call, decision)
-        if decision == "per_layer":
-            call.carried = read
+        read = self.read_prompts(inputs, kwargs, call, decision, calibrated)
+        settled = held_experts(read, decision, None if calibrated is None else calibrated.verdict(call.pooled))
+        if isinstance(settled, Tensor):
+            call.expert_ids_B = settled
         else:
-            call.expert_ids_B, _ = settle(read, decision)
+            call.carried = settled
 
     @torch.no_grad()
-    def read_prompts(self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, decision: str) -> dict[str, Routing]:
+    def read_prompts(
+        self,
+        inputs: Tensor,
+        kwargs: Mapping[str, Any],
+        call: Call,
+        decision: str,
+        calibrated: Calibrated | None = None,
+    ) -> dict[str, Routing]:
         """Runs the model up to the last router that the decision asks and returns what the routers said.
 
         A router that reads the base is asked after the base alone has read the prompt. One that reads the running model
@@ -198,6 +223,7 @@ class ForwardGuide:
             kwargs: of the forward being prepared; mask and positions are taken from it.
             call: its masks; pooled prompt states are put into it.
             decision: any but "pinned", which asks no router.
+            calibrated: whose layer is read too, if it is asked.
 
         Raises:
             ConfigError: the decision is "pinned", or names a layer without router.
@@ -210,6 +236,8 @@ class ForwardGuide:
                 f"(one of {', '.join(mixture.config.experts or [])})."
             )
         upto = last_scope_needed(decision, mixture.scopes)
+        if calibrated is not None:
+            upto = max(upto, calibrated.layer, key=mixture.scopes.index)
         if not mixture.reads_base:
             own = Call(mask_BT=call.mask_BT, prompt_mask_BT=call.prompt_mask_BT, stop_after=upto)
             self._run(inputs, kwargs, own)

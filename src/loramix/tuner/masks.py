@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,17 @@ def real_tokens(attention_mask: Any, rows: int, length: int, device: torch.devic
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         return attention_mask[:, -length:].bool()
     return torch.ones(rows, length, dtype=torch.bool, device=device)
+
+
+def generation_mask(model: Any, inputs: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Returns the mask `generate` will use: the one given, else real tokens are those that are not padding."""
+    mask: Tensor | None = kwargs.get("attention_mask")
+    pad = getattr(model.generation_config, "pad_token_id", None)
+    end = getattr(model.generation_config, "eos_token_id", None)
+    ends = end if isinstance(end, list) else [end]
+    if mask is None and not inputs.is_floating_point() and pad is not None and pad not in ends:
+        mask = (inputs != pad).long()
+    return mask
 
 
 def prompt_tokens(prompt_mask: Tensor | None, labels: Tensor | None, mask_BT: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,14 +11,16 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from loramix.errors import ConfigError
+from loramix.errors import ConfigError, Problems
 from loramix.routing import Call, ExpertOutputs, Routing
+from loramix.tuner.abstaining import calibration_of, held_experts
 from loramix.tuner.adapted import AdaptedModule, adapted_modules, as_table
 from loramix.tuner.config import LoramixConfig
-from loramix.tuner.decisions import decision_problem, settle
+from loramix.tuner.decisions import decision_problem
 from loramix.tuner.fit import matched_modules
 from loramix.tuner.guide import ForwardGuide
 from loramix.tuner.layer import LoramixLinear
+from loramix.tuner.masks import generation_mask
 from loramix.tuner.mixture import Mixture, checked_ids
 from loramix.tuner.persistence import check_tensors
 from loramix.tuner.places import places
@@ -84,10 +87,28 @@ class LoramixModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self.guide.mixtures.pop(adapter_name, None)
 
+    def _check_merge_allowed(self) -> None:
+        """Looks at all layers before the first is changed: half a merge would be neither the one nor the other."""
+        super()._check_merge_allowed()
+        problems = Problems("the merge")
+        layers = [module for module in self.model.modules() if isinstance(module, LoramixLinear)]
+        adapters = [one for one in self.active_adapters if any(one in layer.loramix_bank for layer in layers)]
+        for adapter in adapters:
+            found = [layer.merge_problem(adapter) for layer in layers if adapter in layer.loramix_bank]
+            for problem in dict.fromkeys(one for one in found if one):
+                problems.add(problem)
+        problems.raise_as(ConfigError)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         base = super()._unload_and_optionally_merge(*args, **kwargs)
         self.guide.leave()
         return base
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As PEFT's, which looks at the last name but one; a router's parts have names one deeper."""
+        shorter = re.sub(rf"(\.{PREFIX}(?:bank|router))\.{re.escape(adapter_name)}\.", r"\1.", key)
+        return shorter if shorter != key else str(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -149,6 +170,7 @@ class LoramixModel(BaseTuner):
         attention_mask: Tensor | None = None,
         decision: str | None = None,
         expert: str | Sequence[str] | None = None,
+        abstain: bool | None = None,
         batch_size: int = 8,
     ) -> list[Route]:
         """Returns which expert answers each prompt, and why.
@@ -161,11 +183,12 @@ class LoramixModel(BaseTuner):
             input_ids: token ids (B, T) instead of texts.
             attention_mask: (B, T), 1 for real tokens; all are real when it is left out.
             decision: "last", "vote", "per_layer", "layer:k" or "pinned"; the adapter's own by default.
-            expert: the expert to pin, or one for each prompt.
+            expert: the expert to pin, or one for each prompt; "base" for none.
+            abstain: send prompts that no expert fits to the base; by default if the adapter is calibrated for it.
             batch_size: prompts read together.
 
         Raises:
-            ConfigError: nothing to route, an unknown expert or decision, texts without a tokenizer.
+            ConfigError: nothing to route, an unknown expert or decision, texts without a tokenizer, no calibration.
         """
         mixture = self._mixture()
         routes: list[Route] = []
@@ -173,7 +196,7 @@ class LoramixModel(BaseTuner):
             start, rows = len(routes), len(ids_BT)
             named = expert if expert is None or isinstance(expert, str) else expert[start : start + rows]
             kwargs = {"attention_mask": mask_BT.to(self.model.device)}
-            routes += self._route_batch(mixture, ids_BT.to(self.model.device), kwargs, decision, named)[0]
+            routes += self._route_batch(mixture, ids_BT.to(self.model.device), kwargs, decision, named, abstain)[0]
         return routes
 
     def _route_batch(
@@ -183,13 +206,15 @@ class LoramixModel(BaseTuner):
         kwargs: dict[str, Any],
         decision: str | None,
         expert: str | Sequence[str] | None,
+        abstain: bool | None,
     ) -> tuple[list[Route], Tensor | dict[str, Routing]]:
         """Returns the routes of one batch and what holds them: ids (B,), or for "per_layer" a routing per layer."""
         experts = list(mixture.config.experts or [])
         rows, length = inputs.shape[:2]
         if expert is not None:
-            if decision not in (None, "pinned"):
-                raise ConfigError(f"decision = {decision!r} and expert = {expert!r} contradict each other. Pass one.")
+            if decision not in (None, "pinned") or abstain:
+                asked = f"decision = {decision!r}" if decision not in (None, "pinned") else "abstain = True"
+                raise ConfigError(f"{asked} and expert = {expert!r} contradict each other. Pass one.")
             names = [expert] * rows if isinstance(expert, str) else list(expert)
             ids = positions(names, experts, rows)
             return [pinned_route(name, experts) for name in names], torch.tensor(ids, device=inputs.device)
@@ -199,15 +224,17 @@ class LoramixModel(BaseTuner):
         mask_BT = kwargs.get("attention_mask")
         mask_BT = torch.ones(rows, length, device=inputs.device) if mask_BT is None else mask_BT
         call = Call(mask_BT=mask_BT.bool(), prompt_mask_BT=mask_BT.bool())
-        routings = self.guide.read_prompts(inputs, {**kwargs, "attention_mask": mask_BT}, call, decision)
-        routes = routes_from(routings, decision, experts)
-        return routes, routings if decision == "per_layer" else settle(routings, decision)[0]
+        calibrated = calibration_of(mixture, abstain)
+        routings = self.guide.read_prompts(inputs, {**kwargs, "attention_mask": mask_BT}, call, decision, calibrated)
+        verdict = None if calibrated is None else calibrated.verdict(call.pooled)
+        return routes_from(routings, decision, experts, verdict), held_experts(routings, decision, verdict)
 
     def generate(
         self,
         *args: Any,
         expert: str | Sequence[str] | None = None,
         decision: str | None = None,
+        abstain: bool | None = None,
         domain_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -217,46 +244,38 @@ class LoramixModel(BaseTuner):
 
         Args:
             *args, **kwargs: for `GenerationMixin.generate`.
-            expert: pins one expert, or one for each row.
+            expert: pins one expert, or one for each row; "base" for none.
             decision: how the experts are settled; the adapter's own by default.
+            abstain: let the base answer prompts that no expert fits; by default if the adapter is calibrated for it.
             domain_ids: the same as `expert`, as positions, int64 (B,).
         """
         mixture = self.guide.active()
         given = [args[0] if args else None, *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
         inputs = next((one for one in given if one is not None), None)
-        if domain_ids is not None and (expert is not None or decision is not None):
+        if domain_ids is not None and (expert is not None or decision is not None or abstain):
             raise ConfigError(
-                "generate was given domain_ids and expert or decision. They contradict each other: pass one."
+                "generate was given domain_ids and expert, decision or abstain. They contradict each other: pass one."
             )
         if mixture is not None and mixture.settled_by == "domain" and domain_ids is not None and inputs is not None:
             with self.guide.settled(checked_ids(domain_ids, len(inputs), mixture, inputs.device)):
                 return self.model.generate(*args, **kwargs)
         if mixture is None or mixture.settled_by != "prompt" or inputs is None:
-            if expert is not None or decision is not None:
+            if expert is not None or decision is not None or abstain:
                 self._mixture()
                 raise ConfigError("generate was given an expert but no prompt. Pass input_ids or inputs_embeds.")
             return self.model.generate(*args, **kwargs)
         cache = kwargs.get("past_key_values")
+        plain = expert is None and decision is None and abstain is None
         if domain_ids is not None:
             held: Tensor | dict[str, Routing] = checked_ids(domain_ids, len(inputs), mixture, inputs.device)
-        elif expert is None and decision is None and (known := self.guide.routings_of(cache)) is not None:
+        elif plain and (known := self.guide.routings_of(cache)) is not None:
             held = known
         else:
-            mask = self._generation_mask(inputs, kwargs)
+            mask = generation_mask(self.model, inputs, kwargs)
             asked = {"attention_mask": None if mask is None else mask.to(self.model.device)}
-            held = self._route_batch(mixture, inputs.to(self.model.device), asked, decision, expert)[1]
+            held = self._route_batch(mixture, inputs.to(self.model.device), asked, decision, expert, abstain)[1]
         with self.guide.settled(held):
             return self.model.generate(*args, **kwargs)
-
-    def _generation_mask(self, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """Returns the mask `generate` will use: the one given, else real tokens are those that are not padding."""
-        mask: Tensor | None = kwargs.get("attention_mask")
-        pad = getattr(self.model.generation_config, "pad_token_id", None)
-        end = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = end if isinstance(end, list) else [end]
-        if mask is None and not inputs.is_floating_point() and pad is not None and pad not in ends:
-            mask = (inputs != pad).long()
-        return mask
 
     # ---- looking -------------------------------------------------------------------------------------------------
 

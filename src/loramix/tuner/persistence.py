@@ -7,6 +7,7 @@ random. A mixture with a random router answers, wrongly.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ class TransformersLoad:
             problems.add(f"{name} is not used by this adapter. The file does not belong to its adapter_config.json.")
         for mismatch in info.mismatched_keys:
             problems.add(f"{mismatch[0]} has shape {tuple(mismatch[1])}, expected {tuple(mismatch[2])}.")
-        for name, parameter in self.model.named_parameters():
-            if PREFIX in name and not parameter.is_meta and not torch.isfinite(parameter).all():
+        for name, tensor in chain(self.model.named_parameters(), self.model.named_buffers()):
+            if PREFIX in name and not tensor.is_meta and not torch.isfinite(tensor).all():
                 problems.add(f"{name} holds NaN or infinity. The training that wrote it diverged: use an earlier one.")
         problems.raise_as(ModelError)
         return info, rest

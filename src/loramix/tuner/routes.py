@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loramix.data.prompts import encode_prompts
 from loramix.errors import ConfigError, did_you_mean
-from loramix.routing import Routing
+from loramix.routing import NO_EXPERT, Routing
+from loramix.tuner.abstaining import BASE, Verdict
 from loramix.tuner.decisions import settle
 
 
@@ -20,19 +21,32 @@ class Route:
     """The routing of one prompt.
 
     Attributes:
-        expert: the expert that answers. Under "per_layer" there is no single one: the expert that most layers follow.
+        expert: the expert that answers, or "base" where none fits. Under "per_layer" there is no single one: the expert
+            that most layers follow.
         decision: how it was settled.
-        probabilities: by expert, what the decision compared (see `decisions.settle`); 1 for a pinned expert.
+        probabilities: by expert, what the decision compared (see `decisions.settle`), also where none fits; 1 for what
+            is pinned.
         votes: by layer, the expert its router chose; empty for "pinned". Only layers that were read.
+        score: how far the prompt is from all domains, about 1 for their own; None where it was not asked.
+        threshold: the score above which the base answers alone; None where it was not asked.
     """
 
     expert: str
     decision: str
     probabilities: dict[str, float]
     votes: dict[str, str]
+    score: float | None = None
+    threshold: float | None = None
+
+    @property
+    def probability(self) -> float | None:
+        """What the decision gave the expert that answers; None where none fits."""
+        return self.probabilities.get(self.expert)
 
 
-def routes_from(routings: Mapping[str, Routing], decision: str, experts: Sequence[str]) -> list[Route]:
+def routes_from(
+    routings: Mapping[str, Routing], decision: str, experts: Sequence[str], verdict: Verdict | None = None
+) -> list[Route]:
     """Returns the routes of all rows of one forward."""
     ids_B, probabilities_BE = settle(routings, decision)
     votes_BL = {
@@ -40,12 +54,16 @@ def routes_from(routings: Mapping[str, Routing], decision: str, experts: Sequenc
         for scope, routing in routings.items()
         if routing.logits is not None
     }
+    scores = [None] * len(ids_B) if verdict is None else verdict.scores_B.tolist()
+    abstains = [False] * len(ids_B) if verdict is None else verdict.abstains().tolist()
     return [
         Route(
-            expert=experts[expert],
+            expert=BASE if abstains[row] else experts[expert],
             decision=decision,
             probabilities=dict(zip(experts, probabilities, strict=True)),
             votes={scope: experts[votes[row]] for scope, votes in votes_BL.items()},
+            score=scores[row],
+            threshold=None if verdict is None else verdict.threshold,
         )
         for row, (expert, probabilities) in enumerate(zip(ids_B.tolist(), probabilities_BE.tolist(), strict=True))
     ]
@@ -53,23 +71,25 @@ def routes_from(routings: Mapping[str, Routing], decision: str, experts: Sequenc
 
 def pinned_route(expert: str, experts: Sequence[str]) -> Route:
     """Returns the route of a prompt whose expert the caller names."""
-    return Route(expert, "pinned", {name: float(name == expert) for name in experts}, votes={})
+    probabilities = {name: float(name == expert) for name in dict.fromkeys([*experts, expert])}
+    return Route(expert, "pinned", probabilities, votes={})
 
 
 def positions(names: Sequence[str], experts: Sequence[str], rows: int) -> list[int]:
-    """Returns the positions of named experts, one for each of `rows` prompts.
+    """Returns the positions of named experts, one for each of `rows` prompts; NO_EXPERT for "base".
 
     Raises:
         ConfigError: an unknown name, or another number of names than rows.
     """
     for name in names:
-        if name not in experts:
+        if name not in experts and name != BASE:
             raise ConfigError(
-                f"expert = {name!r}: no such expert. Expected one of {', '.join(experts)}.{did_you_mean(name, experts)}"
+                f"expert = {name!r}: no such expert. Expected one of {', '.join(experts)}, or {BASE}."
+                f"{did_you_mean(name, experts)}"
             )
     if len(names) != rows:
         raise ConfigError(f"{len(names)} experts were named for {rows} prompts. Name one, or one for each prompt.")
-    return [experts.index(name) for name in names]
+    return [experts.index(name) if name in experts else NO_EXPERT for name in names]
 
 
 def batches(
