@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 from loramix.on_import import register_with_peft
 
 if TYPE_CHECKING:
+    from loramix.data.domain_collator import DomainCollator
     from loramix.data.prompts import encode_prompts
     from loramix.errors import ConfigError, DataError, LoramixError, ModelError
     from loramix.methods import METHODS, Method
     from loramix.models import load_base, load_tokenizer
     from loramix.routing import Routing
     from loramix.tuner import LoramixConfig, LoramixModel, Route
+    from loramix.tuner.attaching import attach_losses, detach_losses
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ConfigError": "loramix.errors",
     "DataError": "loramix.errors",
+    "DomainCollator": "loramix.data.domain_collator",
     "LoramixConfig": "loramix.tuner",
     "LoramixError": "loramix.errors",
     "LoramixModel": "loramix.tuner",
@@ -31,6 +34,8 @@ _HOMES = {
     "ModelError": "loramix.errors",
     "Route": "loramix.tuner",
     "Routing": "loramix.routing",
+    "attach_losses": "loramix.tuner.attaching",
+    "detach_losses": "loramix.tuner.attaching",
     "encode_prompts": "loramix.data.prompts",
     "load_base": "loramix.models",
     "load_tokenizer": "loramix.models",
@@ -40,6 +45,7 @@ __all__ = [
     "METHODS",
     "ConfigError",
     "DataError",
+    "DomainCollator",
     "LoramixConfig",
     "LoramixError",
     "LoramixModel",
@@ -47,6 +53,8 @@ __all__ = [
     "ModelError",
     "Route",
     "Routing",
+    "attach_losses",
+    "detach_losses",
     "encode_prompts",
     "load_base",
     "load_tokenizer",

@@ -17,6 +17,7 @@ from loramix.models.head import head_can_choose, logits_at
 from loramix.training.settings import TrainingSettings
 from loramix.training.tally import DomainTally
 from loramix.tuner import LoramixConfig
+from loramix.tuner.guide import ForwardGuide
 
 
 def training_arguments(
@@ -90,6 +91,10 @@ class MixtureTrainer(Trainer):
         self.auxiliary = {name: weight for name, weight in (auxiliary or {}).items() if weight > 0}
         self.kinds = torch.tensor(list(kinds) if kinds is not None else [0] * len(domains))
         adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
+        inside: Any = model
+        routed = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+        if (guide := ForwardGuide.on(routed)) is not None and guide.attached is not None:
+            raise ConfigError("the losses are attached, and MixtureTrainer adds them itself. Call detach_losses first.")
         self._told = any(isinstance(config, LoramixConfig) for config in adapters.values())
         self.tally = DomainTally(domains)
         self._tokens_seen = torch.zeros((), dtype=torch.float64)
