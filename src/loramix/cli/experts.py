@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loramix.cli import merge
+from loramix.cli import discover, merge
 from loramix.cli.output import print_json, print_table, progress_console, quiet_libraries, result_console
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
@@ -17,7 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Import, list, add, remove, rename, extract and merge experts.")
+    group = typer.Typer(no_args_is_help=True, help="Import, discover, list, add, remove, rename, extract and merge experts.")
     group.command("import", help="Make a mixture from LoRA adapters that exist already.")(import_)
     group.command("list", help="Show the experts of a run.")(list_)
     group.command("show", help="Show one expert of a run.")(show)
@@ -26,6 +26,7 @@ def add_to(app: typer.Typer) -> None:
     group.command("rename", help="Give an expert another name.")(rename)
     group.command("extract", help="Write one expert as an ordinary PEFT LoRA.")(extract)
     merge.add_to(group)
+    discover.add_to(group)
     app.add_typer(group, name="experts")
 
 

@@ -22,6 +22,7 @@ def can_fuse(base_layer: object, x: Tensor, A_ERI: Tensor) -> bool:
     return (
         isinstance(base_layer, nn.Linear)
         and type(base_layer) is nn.Linear
+        and type(base_layer.weight) is nn.Parameter  # no quantised or sharded weight, which have products of their own
         and torch.is_grad_enabled()
         and x.dtype == base_layer.weight.dtype == A_ERI.dtype
         and not base_layer.weight.requires_grad

@@ -26,6 +26,7 @@ from loramix.tuner.decisions import last_scope_needed
 from loramix.tuner.masks import cached_tokens, prompt_tokens, prompt_width, real_tokens
 from loramix.tuner.mixture import Mixture, checked_ids
 from loramix.tuner.persistence import TransformersLoad
+from loramix.tuner.quantised import refuse_without_gradient
 
 _NAME = "loramix_guide"
 
@@ -40,7 +41,7 @@ class ForwardGuide:
         self.mixtures: dict[str, Mixture] = {}
         self.attached: AttachedLosses | None = None
         self._settled: Tensor | dict[str, Routing] | None = None
-        self._reading = False
+        self._reading = self._trains = False
         self._hooks: list[RemovableHandle] = []
         self._of_cache: WeakKeyDictionary[Any, dict[str, Routing]] = WeakKeyDictionary()
 
@@ -93,6 +94,9 @@ class ForwardGuide:
         decision = kwargs.pop("decision", None)
         abstain = kwargs.pop("abstain", None)
         mixture = self.active()
+        if module.training and mixture is not None and not self._trains:
+            refuse_without_gradient(module)
+            self._trains = True
         if mixture is None or not mixture.doors:
             self.context.call = None
             return args, kwargs
