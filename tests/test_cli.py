@@ -248,7 +248,7 @@ def test_a_damaged_adapter_is_refused_in_one_line(trained: Path, tmp_path: Path,
     file = copy / "model" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     assert run(["route", str(copy), "--text", "x"]) == 4
-        assert "is cut off" in capsys.readouterr().err
+    assert "is cut off" in capsys.readouterr().err
     file.unlink()
     assert run(["route", str(copy), "--text", "x"]) == 4
     (copy / "model" / "adapter_config.json").unlink()
