@@ -17,7 +17,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Import, discover, list, add, remove, rename, extract and merge experts.")
+    group = typer.Typer(
+        no_args_is_help=True, help="Import, discover, list, add, remove, rename, extract and merge experts."
+    )
     group.command("import", help="Make a mixture from LoRA adapters that exist already.")(import_)
     group.command("list", help="Show the experts of a run.")(list_)
     group.command("show", help="Show one expert of a run.")(show)
