@@ -10,6 +10,9 @@ from typing import Any
 from loramix.methods import method_named
 from loramix.run_folder import RunFolder
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
+
 
 def card(manifest: Mapping[str, Any], run: RunFolder | None) -> str:
     """Returns README.md of an export, as the Hub reads it.
@@ -37,7 +40,7 @@ def card(manifest: Mapping[str, Any], run: RunFolder | None) -> str:
         *_domains(experts, _read(run.data) if run is not None else {}),
         "",
         *_measured(_read(run.results) if run is not None else {}),
-        *_loading(str(base), experts, method.router is not None),
+        *_loading(str(base), experts, int(manifest["adapter_config"]["r"]), method.router is not None),
     ]
     return "\n".join(lines) + "\n"
 
@@ -83,8 +86,9 @@ def _measured(results: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _loading(base: str, experts: list[str], routed: bool) -> list[str]:
+def _loading(base: str, experts: list[str], rank: int, routed: bool) -> list[str]:
     first = experts[0]
+    most = next((one for one in VLLM_RANKS if one >= rank), VLLM_RANKS[-1])
     lines = [
         "## Loading",
         "",
@@ -101,7 +105,8 @@ def _loading(base: str, experts: list[str], routed: bool) -> list[str]:
         "All of them in vLLM, chosen by `model` in each request:",
         "",
         "```sh",
-        f"vllm serve {base} --enable-lora --max-loras {len(experts)} \\",
+        # One slot more than adapters: on a CPU vLLM 0.32 answers the base's requests with what is in the last.
+        f"vllm serve {base} --enable-lora --max-loras {len(experts) + 1} --max-lora-rank {most} \\",
         f"  --lora-modules {' '.join(f'{name}=./{name}' for name in experts)}",
         "```",
         "",
