@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -335,3 +336,24 @@ def test_the_verb_prints_what_was_found_and_the_recipe_trains_on_it(ground: Path
     report = json.loads((tmp_path / "out" / "discovered.json").read_text())
     results = json.loads(capsys.readouterr().out)
     assert set(results["domains"]) == {one["name"] for one in report["clusters"]}
+
+
+def test_discovered_labels_stand_beside_true_ones_in_one_comparison(ground: Path, tmp_path: Path):
+    found = tmp_path / "found"
+    discover([str(ground / "labelled.jsonl")], found, base=str(ground / "base"), k=2)
+    recipe = str(ROOT / "recipes" / "discovered" / "compare.yaml")
+    overrides = [f"data.path={found}", f"model_name_or_path={ground / 'base'}", "max_steps=2", "adapter.r=2"]
+    out = tmp_path / "out"
+    assert run(["compare", recipe, *overrides, f"output_dir={out}", f"cells={tmp_path / 'cells'}", "--json"]) == 0
+    results = json.loads((out / "comparison.json").read_text())
+    scores = {row["id"]: row["scores"]["perplexity"] for row in results["rows"]}
+    assert scores["moa/mixture"]["by_domain"].keys().isdisjoint(scores["moa, true labels/mixture"]["by_domain"])
+    assert all(one["average"] is None for one in scores.values()), "no domain is shared, so no mean over domains"
+    measured = json.loads(next((tmp_path / "cells").rglob("base-*/measured-*.json")).read_text())
+    parts = [part["perplexity"]["stats"] for part in measured["routings"][""].values()]
+    nll, tokens = (sum(row[column] for stats in parts for row in stats) for column in (0, 1))
+    assert scores["base"]["pooled"]["mean"] == pytest.approx(math.exp(nll / tokens))
+    assert all(one["pooled"]["low"] <= one["pooled"]["mean"] <= one["pooled"]["high"] for one in scores.values())
+    table = (out / "tables.md").read_text().split("## Perplexity")[1].split("##")[0]
+    assert "all examples" in table
+    assert f"{scores['base']['pooled']['mean']:.3f} [" in table

@@ -52,6 +52,16 @@ class Line:
                 found[seed] = part["stats"]
         return found
 
+    def signatures(self, metric: str) -> set[str]:
+        """Returns the signatures under which its domains were measured, unseen ones aside."""
+        parts = (
+            one["routings"].get(self.routing or OWN, {}).get(domain, {}).get(metric)
+            for by_domain in self.cells.values()
+            for one in by_domain.values()
+            for domain in self.asked
+        )
+        return {part["signature"] for part in parts if part is not None}
+
     @property
     def measured(self) -> set[str]:
         """Domains it has any measurement of."""

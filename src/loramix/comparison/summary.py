@@ -157,7 +157,20 @@ def _scores(line: Line, metric: str, domains: Sequence[str], core: Sequence[str]
     whole = [mean(parts) for parts in by_seed.values() if len(parts) == len(values)]
     complete = bool(whole) and len(whole) == len(by_seed) and not failed
     average = _spread(whole, mean_over_domains(values)) if complete else None
-    return {"by_domain": by_domain, "average": average, "domains": len(values)}
+    pooled = _pooled(line, metric, draws)
+    return {"by_domain": by_domain, "average": average, "domains": len(values), "pooled": pooled}
+
+
+def _pooled(line: Line, metric: str, draws: Draws) -> dict[str, Any] | None:
+    """Returns a row's score on the examples of all its domains put together: what rows can be compared by that give the
+    same examples different labels. None if a domain is missing or measured in another way than the others."""
+    found = [line.stats(metric, domain) for domain in line.asked]
+    seeds = [seed for seed in line.cells if all(seed in stats for stats in found)]
+    if not seeds or len(line.signatures(metric)) != 1:
+        return None
+    together = [[vector for stats in found for vector in stats[seed]] for seed in seeds]
+    values_R = draws.values("all together", together, METRICS[metric].value)
+    return _spread([value_of(metric, stats) for stats in together], values_R)
 
 
 def _spread(by_seed: Sequence[float], values_R: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def _quality(content: Content, metric: str) -> Table:
         for domain in (*content["domains"], *content["unseen"])
         if any(domain in row["scores"][metric]["by_domain"] for row in rows)
     ]
+    pooled = _relabelled(rows, metric)
     best = {domain: _best(rows, metric, domain, about["better"]) for domain in (*domains, None)}
     named = names(content)
     made = []
@@ -32,9 +33,19 @@ def _quality(content: Content, metric: str) -> Table:
             value = scores["by_domain"].get(domain)
             cells.append(Cell(spread(value, about["digits"]), row["id"] in best[domain]))
         cells.append(Cell(_interval(scores["average"], about["digits"]), row["id"] in best[None]))
+        if pooled:
+            cells.append(Cell(_interval(scores.get("pooled"), about["digits"])))
         made.append(tuple(cells))
     heads = ("", *(f"{d} (unseen)" if d in content["unseen"] else d for d in domains), "mean")
+    heads = (*heads, "all examples") if pooled else heads
     return Table(about["title"], _quality_note(content, metric, rows), heads, tuple(made))
+
+
+def _relabelled(rows: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    """Returns whether rows have different domains and a score over all their examples."""
+    scores = [row["scores"][metric] for row in rows]
+    differ = len({frozenset(one["by_domain"]) for one in scores}) > 1
+    return differ and all(one.get("pooled") is not None for one in scores)
 
 
 def _quality_note(content: Content, metric: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -48,6 +59,11 @@ def _quality_note(content: Content, metric: str, rows: Sequence[Mapping[str, Any
         note += " The mean over domains has the 95 % interval of a bootstrap over test examples in brackets."
     if any(value is None for value in averages):
         note += " A row without some domain has no mean."
+    if _relabelled(rows, metric):
+        note += (
+            " All examples: the examples of all of a row's domains as one; compare it between rows that have the same"
+            " examples under different labels."
+        )
     if content["unseen"]:
         note += " Unseen domains are not in the mean."
     if metric == "perplexity" and len(bases(content)) > 1:
