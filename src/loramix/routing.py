@@ -160,6 +160,7 @@ class Call:
             that the base answers alone; else None.
         domain_ids_B: the domain of each row, for routers that are told it, int64 (B,); else None.
         labels_B: the domain of each row as the caller gave it, for losses; None where it gave none.
+        allowed_BE: the experts that each row's routers may choose among, bool (B, E); None where all may be chosen.
         carried: routings of the prefill, by scope, for the decode steps that follow it.
         base_only: this forward reads the prompt with the base alone: routers take in what they see, experts rest.
         stop_after: the scope after whose router the forward is abandoned (reading a prompt); None for a whole forward.
@@ -174,6 +175,7 @@ class Call:
     expert_ids_B: Tensor | None = None
     domain_ids_B: Tensor | None = None
     labels_B: Tensor | None = None
+    allowed_BE: Tensor | None = None
     carried: dict[str, Routing] = field(default_factory=dict)
     base_only: bool = False
     stop_after: str | None = None

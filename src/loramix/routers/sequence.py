@@ -117,6 +117,8 @@ class SequenceRouter(nn.Module):
         The weight is 1: the router is taught by its cross-entropy alone, as in the paper.
         """
         logits_BE = self.logits(pooled_BI)
+        if call.allowed_BE is not None:  # before anything is chosen: what is not allowed has probability 0
+            logits_BE = logits_BE.masked_fill(~call.allowed_BE, float("-inf"))
         chosen_B = logits_BE.argmax(dim=1) if call.expert_ids_B is None else call.expert_ids_B
         return self._hard(chosen_B, logits_BE, call)
 

@@ -243,7 +243,7 @@ class ForwardGuide:
         if calibrated is not None:
             upto = max(upto, calibrated.layer, key=mixture.scopes.index)
         if not mixture.reads_base:
-            own = Call(mask_BT=call.mask_BT, prompt_mask_BT=call.prompt_mask_BT, stop_after=upto)
+            own = Call(call.mask_BT, call.prompt_mask_BT, stop_after=upto, allowed_BE=call.allowed_BE)
             self._run(inputs, kwargs, own)
             return own.routings
         self._read_base(inputs, kwargs, call, upto)

@@ -6,17 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from loramix.errors import ConfigError, Problems
-from loramix.routing import Call, ExpertOutputs, Routing
-from loramix.tuner.abstaining import calibration_of, held_experts
+from loramix.routing import ExpertOutputs, Routing
 from loramix.tuner.adapted import AdaptedModule, adapted_modules, as_table
 from loramix.tuner.config import LoramixConfig
-from loramix.tuner.decisions import decision_problem
 from loramix.tuner.fit import matched_modules
 from loramix.tuner.guide import ForwardGuide
 from loramix.tuner.layer import LoramixLinear
@@ -25,7 +22,8 @@ from loramix.tuner.mixture import Mixture, checked_ids
 from loramix.tuner.persistence import check_tensors
 from loramix.tuner.places import places
 from loramix.tuner.registration import PREFIX
-from loramix.tuner.routes import Route, batches, pinned_route, positions, routes_from
+from loramix.tuner.routes import Route, batches
+from loramix.tuner.settling import Wish, settle_prompts
 
 
 class LoramixModel(BaseTuner):
@@ -171,6 +169,7 @@ class LoramixModel(BaseTuner):
         decision: str | None = None,
         expert: str | Sequence[str] | None = None,
         abstain: bool | None = None,
+        allowed: Sequence[str] | None = None,
         batch_size: int = 8,
     ) -> list[Route]:
         """Returns which expert answers each prompt, and why.
@@ -185,49 +184,21 @@ class LoramixModel(BaseTuner):
             decision: "last", "vote", "per_layer", "layer:k" or "pinned"; the adapter's own by default.
             expert: the expert to pin, or one for each prompt; "base" for none.
             abstain: send prompts that no expert fits to the base; by default if the adapter is calibrated for it.
+            allowed: the experts to choose among; the others get probability 0. All by default.
             batch_size: prompts read together.
 
         Raises:
             ConfigError: nothing to route, an unknown expert or decision, texts without a tokenizer, no calibration.
         """
-        mixture = self._mixture()
+        self._mixture()
         routes: list[Route] = []
         for ids_BT, mask_BT in batches(prompts, tokenizer, input_ids, attention_mask, batch_size):
             start, rows = len(routes), len(ids_BT)
             named = expert if expert is None or isinstance(expert, str) else expert[start : start + rows]
+            wish = Wish(decision, named, abstain, allowed)
             kwargs = {"attention_mask": mask_BT.to(self.model.device)}
-            routes += self._route_batch(mixture, ids_BT.to(self.model.device), kwargs, decision, named, abstain)[0]
+            routes += settle_prompts(self.guide, ids_BT.to(self.model.device), kwargs, wish)[0]
         return routes
-
-    def _route_batch(
-        self,
-        mixture: Mixture,
-        inputs: Tensor,
-        kwargs: dict[str, Any],
-        decision: str | None,
-        expert: str | Sequence[str] | None,
-        abstain: bool | None,
-    ) -> tuple[list[Route], Tensor | dict[str, Routing]]:
-        """Returns the routes of one batch and what holds them: ids (B,), or for "per_layer" a routing per layer."""
-        experts = list(mixture.config.experts or [])
-        rows, length = inputs.shape[:2]
-        if expert is not None:
-            if decision not in (None, "pinned") or abstain:
-                asked = f"decision = {decision!r}" if decision not in (None, "pinned") else "abstain = True"
-                raise ConfigError(f"{asked} and expert = {expert!r} contradict each other. Pass one.")
-            names = [expert] * rows if isinstance(expert, str) else list(expert)
-            ids = positions(names, experts, rows)
-            return [pinned_route(name, experts) for name in names], torch.tensor(ids, device=inputs.device)
-        decision = decision or mixture.config.decision or "last"
-        if problem := decision_problem(decision):
-            raise ConfigError(problem)
-        mask_BT = kwargs.get("attention_mask")
-        mask_BT = torch.ones(rows, length, device=inputs.device) if mask_BT is None else mask_BT
-        call = Call(mask_BT=mask_BT.bool(), prompt_mask_BT=mask_BT.bool())
-        calibrated = calibration_of(mixture, abstain)
-        routings = self.guide.read_prompts(inputs, {**kwargs, "attention_mask": mask_BT}, call, decision, calibrated)
-        verdict = None if calibrated is None else calibrated.verdict(call.pooled)
-        return routes_from(routings, decision, experts, verdict), held_experts(routings, decision, verdict)
 
     def generate(
         self,
@@ -273,7 +244,8 @@ class LoramixModel(BaseTuner):
         else:
             mask = generation_mask(self.model, inputs, kwargs)
             asked = {"attention_mask": None if mask is None else mask.to(self.model.device)}
-            held = self._route_batch(mixture, inputs.to(self.model.device), asked, decision, expert, abstain)[1]
+            wish = Wish(decision, expert, abstain)
+            held = settle_prompts(self.guide, inputs.to(self.model.device), asked, wish)[1]
         with self.guide.settled(held):
             return self.model.generate(*args, **kwargs)
 
