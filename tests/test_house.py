@@ -28,7 +28,7 @@ FLOORS = [
     {"preparation"},
     {"opening", "budget", "prompt_store"},
     {"building"},
-    {"pipeline", "comparison", "lifecycle"},
+    {"pipeline", "comparison", "lifecycle", "serving"},
     {"cli"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}

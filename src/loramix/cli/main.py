@@ -20,6 +20,7 @@ from loramix.cli import (
     methods,
     report,
     route,
+    serve,
     train,
     validate,
 )
@@ -34,7 +35,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, train, compare, report, evaluate, route, chat, calibrate, experts, export, methods, validate, env):
+for verb in (
+    demo,
+    train,
+    compare,
+    report,
+    evaluate,
+    route,
+    chat,
+    serve,
+    calibrate,
+    experts,
+    export,
+    methods,
+    validate,
+    env,
+):
     verb.add_to(app)
 
 

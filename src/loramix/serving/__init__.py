@@ -1,0 +1,1 @@
+"""Serves a finished run over HTTP: one endpoint, many experts, routed per request."""
