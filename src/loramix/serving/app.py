@@ -117,7 +117,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         routed = await service.engine.route(ask)
         return RouteReply(model=asked.model, routing=Routing.of(routed))
 
-    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", response_model=ChatReply, responses=streams)
     async def chat(asked: ChatRequest, request: Request) -> Any:

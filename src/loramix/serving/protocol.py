@@ -32,12 +32,15 @@ def _writable(text: str) -> str:
     return text
 
 
-Int = Annotated[int, BeforeValidator(_whole)]
+# Bounds stand before the validators: behind them they would be missing from the schema.
+Whole = BeforeValidator(_whole)
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Bool = Annotated[bool, Field(strict=True)]
-Str = Annotated[str, Field(strict=True), AfterValidator(_writable)]
-Name = Annotated[Str, Field(max_length=256)]
-Stop = Annotated[Str, Field(min_length=1, max_length=STOP_CHARS)]
+Writable = AfterValidator(_writable)
+Str = Annotated[str, Field(strict=True), Writable]
+Prompt = Annotated[str, Field(strict=True, min_length=1), Writable]
+Name = Annotated[str, Field(strict=True, max_length=256), Writable]
+Stop = Annotated[str, Field(strict=True, min_length=1, max_length=STOP_CHARS), Writable]
 
 
 class _Strict(BaseModel):
@@ -73,20 +76,20 @@ class _Request(_Strict):
     """What chat and text completions have in common."""
 
     model: Name
-    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), Whole] | None = None
     temperature: Annotated[Float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Float, Field(gt=0, le=1)] | None = None
-    n: Annotated[Int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS), Whole] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: Bool | None = None
     stream_options: StreamOptions | None = None
-    seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Whole] | None = None
     presence_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[Float, Field(ge=-100, le=100)]],
-            Field(max_length=MOST_BIASES),
+            Field(max_length=MOST_BIASES, json_schema_extra={"additionalProperties": False}),
         ]
         | None
     ) = None
@@ -138,9 +141,9 @@ class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), Whole] | None = None
     logprobs: Bool | None = None
-    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = None
     response_format: ResponseFormat | None = None
     parallel_tool_calls: Bool | None = None
 
@@ -156,8 +159,8 @@ class ChatRequest(_Request):
 class TextRequest(_Request):
     """`POST /v1/completions`: one prompt, as text or as token ids, that no chat template is put around."""
 
-    prompt: Annotated[Str, Field(min_length=1)] | Annotated[list[Annotated[Int, Field(ge=0)]], Field(min_length=1)]
-    logprobs: Annotated[Int, Field(ge=0, le=5)] | None = None
+    prompt: Prompt | Annotated[list[Annotated[int, Field(ge=0), Whole]], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5), Whole] | None = None
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -173,7 +176,7 @@ class RouteRequest(_Strict):
 
     model: Name
     messages: Messages | None = None
-    prompt: Annotated[Str, Field(min_length=1)] | None = None
+    prompt: Prompt | None = None
     abstain: Bool | None = None
 
     @model_validator(mode="after")
