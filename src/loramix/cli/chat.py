@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loramix.cli.output import quiet_libraries, result_console
+from loramix.cli.output import quiet_libraries
+
+if TYPE_CHECKING:
+    from loramix.cli.chatting.line_history import LineHistory
+    from loramix.cli.chatting.session import Session
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,67 +28,96 @@ def chat(
         bool | None,
         typer.Option("--abstain/--no-abstain", help="Leave prompts unlike all domains to the base; on if calibrated."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="How freely tokens are drawn; 0: the likeliest.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of what is drawn; by default another each time.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Keep typed lines for the arrow keys of the next chat.")
+    ] = True,
 ) -> None:
     quiet_libraries()
-    from transformers import TextStreamer
+    import torch
 
-    from loramix.data.prompts import encode_prompts
-    from loramix.data.records import Message
-    from loramix.errors import ConfigError
+    from loramix.cli.chatting.answering import Answering
+    from loramix.cli.chatting.conversation import Conversation
+    from loramix.cli.chatting.session import Session
+    from loramix.cli.chatting.voices import voices_of
     from loramix.methods import method_named
     from loramix.opening import open_model, open_run
 
     folder, experiment = open_run(run)
     model, tokenizer = open_model(experiment, folder)
-    settled_by = method_named(experiment.method).settled_by
-    told = _told(model, settled_by, expert)
-    if abstain and settled_by != "prompt":
-        raise ConfigError(f"--abstain: method {experiment.method} settles no expert for a prompt. Leave it out.")
-    console = result_console()
-    if sys.stdin.isatty():
-        console.print(f"{experiment.method}. An empty line ends.", highlight=False)
-    turns: list[Message] = []
-    while True:
+    voices = voices_of(model, method_named(experiment.method), expert, abstain)
+    if system is not None:
+        _check_system(tokenizer, system)
+    if seed is not None:
+        torch.manual_seed(seed)
+    at_terminal = sys.stdin.isatty()
+    answering = Answering(model, tokenizer, max_new_tokens, temperature)
+    session = Session(answering, voices, Conversation(system), at_terminal=at_terminal)
+    if not at_terminal:
+        _answer_lines(session)
+        return
+    print(f"{experiment.method}. /help lists the commands. An empty line ends.")
+    _talk(session, _lines_kept(history) if sys.stdout.isatty() else None)
+
+
+def _answer_lines(session: Session) -> None:
+    """Answers what comes through a pipe: each line is a prompt, whatever it begins with. An empty line ends."""
+    while text := _next_line(""):
+        session.ask(text)
+
+
+def _talk(session: Session, history: LineHistory | None) -> None:
+    """Talks with somebody at a terminal. Ctrl-C ends the chat only while it waits for a line."""
+    from loramix.cli.chatting.commands import obey
+    from loramix.cli.chatting.session import note
+    from loramix.errors import LoramixError
+
+    while not session.over and (text := _next_line("> ")):
+        if history is not None:
+            history.add(text)
         try:
-            text = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if not text.strip():
-            return
-        turns.append(Message("user", text))
-        batch = {k: v.to(model.device) for k, v in encode_prompts(tokenizer, [turns]).items()}
-        if settled_by == "prompt":
-            route = model.route(**batch, expert=expert, abstain=abstain)[0]
-            told = {"expert": route.expert}
-            sure = "" if route.probability is None else f" {route.probability:.0%}"
-            about = f"[{route.expert}{sure}] "
-            console.print(about, end="", markup=False, highlight=False)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        written = model.generate(
-            **batch,
-            **told,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=streamer,
-        )
-        answer = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        turns.append(Message("assistant", answer))
+            if text.startswith("/") and not text.startswith("//"):
+                obey(session, text)
+            else:
+                session.ask(text.removeprefix("/"))
+        except LoramixError as error:
+            note(f"error: {error}")
+        except KeyboardInterrupt:
+            note("stopped.")
 
 
-def _told(model: Any, settled_by: str, expert: str | None) -> dict[str, Any]:
-    """Returns what each generation is told of the expert."""
-    import torch
+def _next_line(prompt: str) -> str:
+    """Returns the next line; "" where there is none, or nothing in it."""
+    try:
+        text = input(prompt)
+    except (EOFError, KeyboardInterrupt) as end:
+        if prompt:
+            print()  # whatever comes next on this terminal begins a line of its own
+        if isinstance(end, KeyboardInterrupt):
+            raise
+        return ""
+    # Bytes that are no UTF-8 come as half characters, which no tokenizer takes.
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if text.strip() else ""
 
+
+def _lines_kept(for_the_next_chat: bool) -> LineHistory | None:
+    from loramix.cli.chatting.line_history import history_file, opened
+
+    return opened(history_file() if for_the_next_chat else None)
+
+
+def _check_system(tokenizer: Any, system: str) -> None:
+    """Refuses a system text that the base's chat template cannot render."""
+    from jinja2 import TemplateError
+
+    from loramix.data.prompts import encode_prompts
+    from loramix.data.records import Message
     from loramix.errors import ConfigError
 
-    if settled_by == "domain":
-        domains = model.peft_config["default"].domains
-        if expert not in domains:
-            said = "is missing" if expert is None else f"{expert} is no domain of it"
-            raise ConfigError(f"--expert {said}: this method is told the domain. Expected one of {', '.join(domains)}.")
-        return {"domain_ids": torch.tensor([domains.index(expert)], device=model.device)}
-    if settled_by == "nothing" and expert is not None:
-        raise ConfigError(f"--expert {expert}: this method pins no expert. Leave it out.")
-    return {}
+    try:
+        encode_prompts(tokenizer, [[Message("system", system), Message("user", "?")]])
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ConfigError(f"--system: the base's chat template cannot render it: {error}. Leave it out.") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from loramix.cli.output import print_json, print_table, quiet_libraries
 
@@ -49,11 +50,17 @@ def route(
         print_json([{"text": one, **asdict(way)} for one, way in zip(text, routes, strict=True)])
         return
     for one, way in zip(text, routes, strict=True):
-        rows = []
-        for expert, probability in sorted(way.probabilities.items(), key=lambda pair: -pair[1]):
-            layers = [scope.rpartition(".")[2] for scope, vote in way.votes.items() if vote == expert]
-            rows.append([expert, f"{probability:.1%}", str(len(layers)), _ranges([int(n) for n in layers])])
-        print_table(f"{one}\n-> {way.expert} ({_why(way)})", ["expert", "probability", "votes", "layers"], rows)
+        print_route(one, way)
+
+
+def print_route(text: str, way: Route) -> None:
+    """Prints which expert answers a text, what each would get, and which layers are for it."""
+    rows = []
+    for expert, probability in sorted(way.probabilities.items(), key=lambda pair: -pair[1]):
+        layers = [scope.rpartition(".")[2] for scope, vote in way.votes.items() if vote == expert]
+        rows.append([expert, f"{probability:.1%}", str(len(layers)), _ranges([int(n) for n in layers])])
+    title = escape(f"{text}\n-> {way.expert} ({_why(way)})")
+    print_table(title, ["expert", "probability", "votes", "layers"], rows)
 
 
 def _why(way: Route) -> str:

@@ -76,11 +76,14 @@ def _vllm_start(run: Path, folder: Path, command: str, arguments: str) -> VllmSt
     from loramix.lifecycle.editing import mixture_of
     from loramix.lifecycle.export import export_experts
     from loramix.lifecycle.importing import sizes_of
+    from loramix.methods import method_named
     from loramix.opening import open_run
     from loramix.serving.starting import VllmStart
+    from loramix.serving.vllm_engine import check_vllm
     from loramix.serving.vllm_process import VllmOptions
 
     opened, experiment = open_run(run)
+    check_vllm(method_named(experiment.method))
     linears = list(sizes_of(experiment.model_name_or_path))
     export_experts(mixture_of(opened, experiment), folder / "experts", opened, linears)
     return VllmStart(folder / "experts", VllmOptions(command, folder / "vllm.log", shlex.split(arguments)))

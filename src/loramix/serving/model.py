@@ -15,6 +15,7 @@ from loramix.errors import ConfigError
 from loramix.methods import Method
 from loramix.serving.ask import Ask, EngineError, Routed
 from loramix.tuner.abstaining import BASE
+from loramix.tuner.decisions import decision_problem, last_scope_needed
 from loramix.tuner.held import Held, held_together, rows_held
 from loramix.tuner.routes import Route, pinned_route
 from loramix.tuner.settling import Wish, settle_prompts
@@ -59,6 +60,11 @@ class ServedModel:
         self.settled_by = method.settled_by
         mixture = self._guide.active() if method.tuner == "loramix" else None
         self._scopes = () if mixture is None else mixture.scopes
+        if decision is not None:
+            if decision == "pinned" or (problem := decision_problem(decision)):
+                said = problem if decision != "pinned" else 'decision = "pinned": name experts in requests instead.'
+                raise ConfigError(f"--decision: {said}")
+            last_scope_needed(decision, self._scopes)
         self.experts: tuple[str, ...] = ()
         if mixture is not None and self.settled_by != "nothing":
             self.experts = tuple(mixture.labels if self.settled_by == "domain" else mixture.config.experts or ())

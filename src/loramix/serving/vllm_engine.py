@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 
 from loramix.errors import ConfigError
+from loramix.methods import Method
 from loramix.serving.ask import Ask, Ended, EngineError, Event, Piece, Routed
 from loramix.serving.model import ServedModel
 from loramix.serving.sampling import Chosen
@@ -22,6 +23,15 @@ from loramix.serving.vllm_process import VllmProcess
 from loramix.tuner.abstaining import BASE
 
 TOKEN = "token_id:"  # noqa: S105 - how vLLM writes a token where it is asked for ids
+
+
+def check_vllm(method: Method) -> None:
+    """Raises a ConfigError if vLLM cannot serve a method."""
+    if method.settled_by != "prompt":
+        raise ConfigError(
+            f"--engine vllm: method {method.name} settles no expert for a prompt (token by token, or told), and vLLM "
+            "knows one LoRA for a whole request. Use --engine transformers."
+        )
 
 
 class VllmEngine:
@@ -38,11 +48,7 @@ class VllmEngine:
     """
 
     def __init__(self, served: ServedModel, process: VllmProcess, *, places: int, queue: int) -> None:
-        if served.settled_by != "prompt":
-            raise ConfigError(
-                f"--engine vllm: method {served.method.name} chooses experts token by token inside the model, and vLLM "
-                "knows one LoRA for a whole request. Use --engine transformers."
-            )
+        check_vllm(served.method)
         self._served, self._process = served, process
         self._places, self._most = places, places + queue
         self._under_way = 0
