@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 VLLM := .venv-vllm
 
-.PHONY: install demo test test-real check format bench docs vllm-check clean
+.PHONY: install demo test test-real fuzz check format bench docs vllm-check clean
 
 install: $(STAMP)
 
@@ -25,6 +25,10 @@ test: install
 
 test-real: install
 	$(BIN)/python -m pytest -m real
+
+# 20,000 requests made from the server's schema; `make test` has 5,000.
+fuzz: install
+	LORAMIX_FUZZ=20000 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 tests/test_serving_schema.py
 
 check: install
 	$(BIN)/ruff format --check src tests benchmarks

@@ -87,11 +87,15 @@ def test_a_run_is_served_until_it_is_interrupted(method: str, runs: Path):
         reply = httpx2.post(f"{address}/v1/chat/completions", headers=headers, json=body, timeout=60)
         assert reply.status_code == 200
         assert (reply.json()["routing"]["expert"] is None) == (method != "moa")
+        streamed = httpx2.post(
+            f"{address}/v1/chat/completions", headers=headers, json={**body, "stream": True}, timeout=60
+        )
+        assert streamed.text.endswith("data: [DONE]\n\n")
     finally:
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=60)
     log = "".join(lines) + rest
-    assert "expert=" in log
+    assert log.count("/v1/chat/completions expert=") == 2  # whole and streamed
     assert "secret words" not in log
     assert "kkkk" not in log
     assert "Traceback" not in log

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
@@ -95,7 +95,7 @@ class Answering:
         assert self.routed is not None
         return self._shape.whole(self._about, self.answers, self._usage(), Routing.of(self.routed))
 
-    async def stream(self, *, with_usage: bool) -> AsyncIterator[str]:
+    async def stream(self, *, with_usage: bool) -> AsyncGenerator[str]:
         """Yields the reply as server-sent events. Closing it gives the request up."""
         assert self.routed is not None
         async with aclosing(self._events):  # type: ignore[type-var]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -157,7 +157,7 @@ async def _answer(
         headers = {"x-loramix-expert": quote(routed.expert or "mixed"), "x-loramix-decision": routed.decision}
         if asked.stream:
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            events = answering.stream(with_usage=with_usage)
+            events = _then(answering.stream(with_usage=with_usage), lambda: _log(service, request, ask, answering))
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         reply = await answering.whole(gone)
     except BaseException:
@@ -165,6 +165,16 @@ async def _answer(
         raise
     _log(service, request, ask, answering)
     return JSONResponse(reply.model_dump(), headers=headers)
+
+
+async def _then(events: AsyncGenerator[str], done: Callable[[], None]) -> AsyncIterator[str]:
+    """Yields a stream's events, and calls `done` when it ends, also when the client leaves before."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    finally:
+        done()
 
 
 def _ask(
