@@ -158,6 +158,8 @@ def report(args: argparse.Namespace, found: dict[str, dict[int, Measured]]) -> N
 
 def start(name: str, args: argparse.Namespace, scratch: Path, stack: contextlib.ExitStack) -> Side:
     """Starts a side and returns how to ask it."""
+    from loramix.experiment import load
+
     run = args.run
     if name in ("routed", "pinned", "routed-early", "vllm"):
         from loramix.serving.first_layers import earliest_layer
@@ -178,6 +180,7 @@ def start(name: str, args: argparse.Namespace, scratch: Path, stack: contextlib.
     if not export.exists():
         subprocess.run([sys.executable, "-m", "loramix", "export", str(run), "-o", str(export)], check=True)
     manifest = json.loads((export / "manifest.json").read_text())
+    manifest["base"] = load(run / "config.yaml", with_data=False).experiment.model_name_or_path
     if name == "adapter-names":
         return _adapter_names(manifest, export)
     if name == "transformers-serve":
@@ -274,7 +277,7 @@ def _transformers_serve(
     manifest: dict[str, Any], export: Path, scratch: Path, stack: contextlib.ExitStack, run: Path
 ) -> Side:
     """transformers' own server: it takes a folder with a base and one adapter, so one expert answers all."""
-    from loramix.models import base_folder
+    from loramix.models.base import base_folder
 
     folder, port = scratch / "served", _free_port()
     shutil.copytree(base_folder(manifest["base"]), folder)
@@ -292,7 +295,7 @@ def _vllm_by_hand(
     manifest: dict[str, Any], export: Path, args: argparse.Namespace, scratch: Path, stack: contextlib.ExitStack
 ) -> Side:
     """vLLM alone, with the domain's adapter named as the model."""
-    from loramix.models import base_folder
+    from loramix.models.base import base_folder
     from loramix.serving.vllm_process import VllmOptions, VllmProcess
 
     options = VllmOptions(args.vllm, scratch / "by-hand.log", ("--enforce-eager", "--max-model-len", "1024"))

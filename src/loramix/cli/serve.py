@@ -54,7 +54,7 @@ def serve(
         import uvicorn
 
         from loramix.serving.starting import Options, server_of
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ConfigError(f'{error.name} is missing. Install it with `pip install "loramix[serve]"`.') from error
     if engine not in ("transformers", "vllm"):
         raise ConfigError(f"--engine {engine}: expected transformers or vllm.")

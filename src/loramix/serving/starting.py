@@ -13,6 +13,7 @@ import torch
 
 from loramix.errors import ConfigError, Problems
 from loramix.methods import method_named
+from loramix.models.base import base_folder
 from loramix.opening import open_model, open_run
 from loramix.run_folder import RunFolder
 from loramix.serving.app import Service, create_app
@@ -143,7 +144,7 @@ def server_of(path: Path, options: Options, environment: Mapping[str, str], vllm
 def _vllm(served: ServedModel, experiment: Experiment, options: Options, start: VllmStart) -> VllmEngine:
     manifest = json.loads((start.export / "manifest.json").read_text(encoding="utf-8"))
     process = VllmProcess(
-        manifest["base"],
+        base_folder(experiment.model_name_or_path),
         start.export,
         served.experts,
         rank=int(manifest["adapter_config"]["r"]),
