@@ -27,7 +27,7 @@ FLOORS = [
     {"experiment"},
     {"preparation"},
     {"opening", "budget", "prompt_store"},
-    {"building"},
+    {"building", "going_on"},
     {"pipeline", "comparison", "lifecycle", "serving"},
     {"cli"},
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import set_seed
 
 from loramix.adapter_settings import adapter_config
+from loramix.adapters.adapter import replace_folder
 from loramix.budget import joint_settings
 from loramix.data.collation import Example
 from loramix.evaluation.scoring import score
@@ -155,7 +157,11 @@ def _search(prepared: Prepared, model: Any, method: Method) -> dict[str, Any]:
 def save(model: Any, folder: Path) -> None:
     """Saves an adapter alone, or a whole model. With an adapter the embeddings are frozen, and asking PEFT for them
     would mean looking the base up on the Hub."""
+    making = folder.with_name(folder.name + ".making")
+    shutil.rmtree(making, ignore_errors=True)
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(making), save_embedding_layers=False)
     else:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(making))
+    making.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(making, folder)  # an interrupt leaves the earlier model whole

@@ -7,7 +7,6 @@ pass over one base.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from loramix.adapter_settings import adapter_config
+from loramix.adapters.adapter import read_adapter
 from loramix.budget import all_stages, expert_settings, longer
 from loramix.building import save, teach_routers, train_method, train_on, with_lora
 from loramix.data.collation import Example
@@ -24,8 +25,9 @@ from loramix.errors import ConfigError, DataError, did_you_mean
 from loramix.evaluation.evaluate import RoutedResult, Row, measure_routed, rows_of, score_domains
 from loramix.evaluation.generation import answer
 from loramix.evaluation.scoring import Score
+from loramix.going_on import check_scaling, earlier_rows, experts_for, keep_calibration
 from loramix.methods import method_named
-from loramix.opening import ADAPTER, check_trained, load_adapter, load_experts, load_trained
+from loramix.opening import ADAPTER, check_trained, load_adapter, load_trained
 from loramix.preparation import Prepared, prepare, record
 from loramix.prompt_store import prompts_of, write_prompts
 from loramix.run_folder import RunFolder, write_json
@@ -123,19 +125,21 @@ def _go_on(experiment: Experiment, console: Console, stage: str, started: float)
     """A later stage, from the experts that lie in the run's folder: left by stage 1, or imported."""
     run = RunFolder.opened(experiment.output_dir)
     prepared = prepare(experiment, console, new=False)
-    experts = load_experts(run, prepared.domains)
-    record(prepared)
+    experts = experts_for(prepared, stage)
+    check_scaling(experts, adapter_config(experiment, prepared.domains))
+    before = read_adapter(run.model) if (run.model / "adapter_config.json").is_file() else None
     results = Results()
-    if run.results.is_file():
-        earlier = json.loads(run.results.read_text(encoding="utf-8"))
-        results.rows = [Row(**row) for row in earlier["rows"] if row["model"] in ("base", "single", "single_long")]
-        results.stages = {k: v for k, v in earlier["stages"].items() if k.startswith(("expert ", "longer "))}
-    if not any(row.model == "single" for row in results.rows):
-        for domain in prepared.domains:
+    rows, results.stages = earlier_rows(run, prepared.data.counts)
+    results.rows = [Row(**row) for row in rows]
+    measured = {row.domain for row in results.rows if row.model == "single"}
+    for domain in prepared.domains:
+        if domain not in measured:
             model = load_adapter(prepared.base, run.expert(domain))
             results.rows += rows_of("single", _own_domain(prepared, model, domain))
             prepared.base = model.unload()
     _train_method(prepared, results, {name: expert.modules for name, expert in experts.items()}, stage)
+    if not keep_calibration(run, before):
+        console.print("the calibration no longer holds: run `loramix calibrate` again.", highlight=False)
     return _finished(prepared, results, started)
 
 
@@ -185,6 +189,7 @@ def _train_method(prepared: Prepared, results: Results, experts: dict[str, Exper
     stage = stage or method_named(name).stages[-1].name
     train = teach_routers if stage == "routers" else train_method
     model, results.stages[stage] = train(prepared, experts)
+    record(prepared)  # settings under which a stage failed are not the run's
     save(model, prepared.run.model)
     if method_named(name).settled_by == "prompt":
         most = prepared.experiment.data.stored_prompts

@@ -16,7 +16,7 @@ from loramix.environment import environment
 from loramix.experiment import as_yaml
 from loramix.methods import method_named
 from loramix.models import load_base, load_skeleton, load_tokenizer
-from loramix.run_folder import RunFolder, write_json
+from loramix.run_folder import RunFolder, write_json, write_text_safely
 from loramix.settings import Experiment
 from loramix.tuner import check_fit
 
@@ -96,7 +96,7 @@ def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Pr
 def record(prepared: Prepared) -> None:
     """Writes into the run's folder what it is made of: settings, machine and versions, data."""
     run, data = prepared.run, prepared.data
-    run.config.write_text(as_yaml(anchored(prepared.experiment)), encoding="utf-8")
+    write_text_safely(run.config, as_yaml(anchored(prepared.experiment)))
     write_json(run.environment, environment())
     write_json(run.data, {**data.counts, OVERLAP: data.overlap} if data.overlap else data.counts)
 

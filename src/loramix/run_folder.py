@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +114,25 @@ class RunFolder:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON with sorted keys left as given, readable by people; the file appears whole or not at all."""
+    write_text_safely(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text_safely(path: Path, text: str) -> None:
+    """Writes a text file that is the old or the new one whatever happens: never half, never empty."""
+    with staged_text(path, text):
+        pass
+
+
+@contextmanager
+def staged_text(path: Path, text: str) -> Iterator[None]:
+    """Writes a text file beside its place before what is inside, and puts it there after; not if that fails."""
     making = path.with_name(path.name + ".making")
-    making.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    making.replace(path)
+    try:
+        with making.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        yield
+        making.replace(path)
+    finally:
+        making.unlink(missing_ok=True)

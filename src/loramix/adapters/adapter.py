@@ -87,6 +87,7 @@ def write_adapter(adapter: Adapter, folder: Path, extra: Mapping[str, str] | Non
         folder: where to.
         extra: further text files, by name; files of the old folder that are not among them are kept.
     """
+    folder = folder.resolve()  # "." has no name to put something beside
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)

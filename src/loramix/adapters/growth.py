@@ -20,7 +20,7 @@ from torch import Tensor
 from loramix.adapters.adapter import Adapter
 from loramix.adapters.lora import Lora
 from loramix.adapters.mixture import check_mixture, new_name_problem, position_of, whole_experts_problem
-from loramix.errors import ConfigError, ModelError, Problems
+from loramix.errors import ConfigError, LoramixError, ModelError, Problems
 from loramix.experts import prototypes
 from loramix.methods import method_named
 from loramix.routers.sequence import ADDED_UNITS, SequenceRouter, SequenceRouterConfig
@@ -115,7 +115,13 @@ def without_expert(adapter: Adapter, name: str) -> Adapter:
     changed = _with_count(adapter.config, left)
     if config.method == "moa":
         tensors, changed["router"] = _routers_without(tensors, dict(changed["router"]), position, len(names))
-    return replace(adapter, config=changed, tensors=tensors)
+    result = replace(adapter, config=changed, tensors=tensors)
+    try:
+        check_mixture(result)
+    except LoramixError as error:
+        said = f"{name}: what is left without it would be no mixture; nothing was changed. {error}"
+        raise ConfigError(said) from error
+    return result
 
 
 def _by_expert(key: str) -> bool:
@@ -135,8 +141,10 @@ def _routers_without(
     settings = SequenceRouterConfig(**router)
     added = settings.added
     first = settings.width(count) - ADDED_UNITS * added
-    if position < count - added:
-        return tensors, {**router, "hidden_size": first}  # of the first experts: their units serve all
+    if position < count - added:  # of the first experts: their units serve all
+        if count - 1 == added:  # the last of them: whoever is left counts as first, with all units there are
+            return tensors, {**router, "hidden_size": settings.width(count), "added": 0}
+        return tensors, {**router, "hidden_size": first}
     start = first + ADDED_UNITS * (position - (count - added))
     own, width = range(start, start + ADDED_UNITS), settings.width(count)
     used = any(bool(t[:, start : start + ADDED_UNITS].any()) for k, t in tensors.items() if k.endswith(".w_out_EH"))

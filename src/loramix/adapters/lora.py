@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,8 +31,6 @@ _WITHOUT_EFFECT = {
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
     "peft_version",
     "qalora_group_size",
     "revision",
@@ -121,13 +120,18 @@ def setting_problems(config: Mapping[str, Any]) -> list[str]:
         )
     for key in ("r", "lora_alpha"):
         value = config.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not _above_0(value):
             found.append(f"{key} = {value!r}: expected a number above 0.")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(isinstance(v, int | float) and v > 0 for v in pattern.values()):
+        if not isinstance(pattern, dict) or not all(map(_above_0, pattern.values())):
             found.append(f"{key} = {pattern!r}: expected numbers above 0 by name.")
     return found
+
+
+def _above_0(value: Any) -> bool:
+    """Whether a value from a file is a number above 0; NaN and infinity, which JSON files can hold too, are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -168,6 +172,9 @@ def _by_module(
 
 def _own(adapter: Adapter) -> Lora:
     """Returns one of our own single experts, as stage 1 leaves them."""
+    from loramix.adapters.mixture import check_mixture  # which knows this file's Lora
+
+    check_mixture(adapter)
     config = adapter.config
     plain = (int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False)))
     modules = {

@@ -54,9 +54,13 @@ def file_problem(file: Path) -> str | None:
     if not file.exists() and not file.is_symlink():
         return f"{file.name} is missing. The folder holds no whole adapter."
     if file.is_symlink():
-        # The Hub's own cache links each file to a blob two folders up; any other link out of the folder is refused.
+        # The Hub's own cache links each file of snapshots/REVISION/... to blobs beside snapshots; any other link out of
+        # the folder is refused.
         target, folder = file.resolve(), file.parent.resolve()
-        if target.parent not in (folder, folder.parent.parent / "blobs"):
+        blobs = next(
+            (up.parent.parent / "blobs" for up in (folder, *folder.parents) if up.parent.name == "snapshots"), None
+        )
+        if target.parent not in (folder, blobs):
             return f"{file.name} is a link to {target}, out of the folder. Copy the file itself here."
     if not stat.S_ISREG(file.stat().st_mode):
         return f"{file.name} is no plain file."

@@ -7,6 +7,7 @@ lose, and that is said.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from loramix.adapters.adapter import read_adapter, replace_folder, write_adapter
+from loramix.adapters.adapter import read_adapter, write_adapter
 from loramix.adapters.growth import Score, growth_problem, with_expert
 from loramix.adapters.lora import as_lora
 from loramix.adapters.mixture import check_mixture, new_name_problem
@@ -25,13 +26,13 @@ from loramix.building import doors_of, routers_of, save, train_on, with_lora
 from loramix.data.collation import Example
 from loramix.errors import ConfigError, Problems
 from loramix.evaluation.scoring import perplexity, score
-from loramix.experiment import as_yaml, build
-from loramix.lifecycle.editing import mixture_of
+from loramix.experiment import build
+from loramix.lifecycle.editing import checked_yaml, mixture_of
 from loramix.opening import load_adapter, open_run
 from loramix.preparation import Prepared, anchored, prepare
 from loramix.prompt_store import prompts_of, read_prompts, write_prompts
 from loramix.routers.sequence import SequenceRouter
-from loramix.run_folder import RunFolder
+from loramix.run_folder import RunFolder, write_text_safely
 from loramix.settings import DataSettings, Experiment
 from loramix.training.prompt_states import Prompt, prompt_states
 from loramix.training.router_fit import RouterFit, fit_added
@@ -88,19 +89,23 @@ def add_expert(
     prepared = _prepared(experiment, config, run, name, source, console, overrides)
     added = Added(name, len(prepared.train[name]))
     making = run.path / f".adding-{name}"
-    _train_alone(prepared, name, making, added)
-    lora = as_lora(read_adapter(making))
+    try:
+        _train_alone(prepared, name, making, added)
+        trained = read_adapter(making)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    lora = as_lora(trained)
     scores: dict[str, Score] = {}
     mean_D: Tensor | None = None
     new_prompts = prompts_of(prepared.train[name], experiment.data.stored_prompts or 32)
     if config.method == "moa":
         scores, mean_D = _teach(prepared, run, config, name, new_prompts, added, replay)
     changed = with_expert(adapter, name, lora, scores, mean_D)
-    write_adapter(changed, run.model)
-    run.expert(name).parent.mkdir(exist_ok=True)
-    replace_folder(making, run.expert(name))
     data = _with_domain(experiment.data, name, anchored(prepared.experiment).data.domains[name])
-    run.config.write_text(as_yaml(experiment.model_copy(update={"data": data})), encoding="utf-8")
+    text = checked_yaml(experiment.model_copy(update={"data": data}))
+    write_adapter(trained, run.expert(name))
+    write_adapter(changed, run.model)
+    write_text_safely(run.config, text)
     if config.method == "moa" and experiment.data.stored_prompts:
         write_prompts(run.prompts, {**read_prompts(run.prompts), name: new_prompts})
     return added
@@ -109,6 +114,7 @@ def add_expert(
 def _with_domain(data: DataSettings, name: str, source: Any) -> DataSettings:
     """Returns the data settings with one more domain; mixed by weights, it gets as much as the others on average."""
     update: dict[str, Any] = {"domains": {**data.domains, name: source}}
+    update["unseen"] = {domain: one for domain, one in data.unseen.items() if domain != name}  # it is learned now
     if weights := data.mixing_weights:
         update["mixing_weights"] = {**weights, name: sum(weights.values()) / len(weights)}
     return data.model_copy(update=update)
@@ -146,13 +152,19 @@ def _prepared(
             "lora_alpha": config.lora_alpha,
             "lora_dropout": config.lora_dropout,
             "use_rslora": config.use_rslora,
-            "target_modules": sorted(config.target_modules or []),
+            "target_modules": _targets(config),
             "layers_to_transform": whole["adapter"]["layers_to_transform"],
             "exclude_modules": whole["adapter"]["exclude_modules"],
         },
         "training": {**whole["training"], **whole["expert_stage"], "losses": {}},
     }
     return prepare(build(alone, overrides, where="the new expert").experiment, console, new=False)
+
+
+def _targets(config: LoramixConfig) -> list[str] | str:
+    """Returns the mixture's target modules, names or a regular expression."""
+    named = config.target_modules or []
+    return named if isinstance(named, str) else sorted(named)
 
 
 def _train_alone(prepared: Prepared, name: str, folder: Path, added: Added) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from loramix.adapters.adapter import Adapter, read_adapter, write_adapter
 from loramix.adapters.alike import short_targets
@@ -13,12 +17,13 @@ from loramix.adapters.growth import without_expert
 from loramix.adapters.lora import lora_adapter
 from loramix.adapters.mixture import check_mixture, renamed, take_lora
 from loramix.errors import ConfigError
-from loramix.experiment import as_yaml
+from loramix.experiment import as_yaml, build
 from loramix.lifecycle.importing import sizes_of
+from loramix.lifecycle.renaming import renamed_in
 from loramix.methods import method_named
 from loramix.opening import check_trained, open_run
 from loramix.prompt_store import read_prompts, write_prompts
-from loramix.run_folder import RunFolder
+from loramix.run_folder import RunFolder, staged_text, write_json
 from loramix.settings import Experiment
 
 
@@ -78,10 +83,11 @@ def rename_expert(path: Path, old: str, new: str) -> None:
     run, experiment = open_run(path)
     adapter = renamed(mixture_of(run, experiment), old, new)
     _refuse_labelled(experiment, f"rename {old}")
-    write_adapter(adapter, run.model)
-    if run.expert(old).is_dir():
-        run.expert(old).rename(run.expert(new))
-    _rewrite(run, experiment, lambda name: new if name == old else name)
+    with _rewritten(run, experiment, lambda name: new if name == old else name):
+        write_adapter(adapter, run.model)
+        for before, after in ((run.expert(old), run.expert(new)), (run.longer(old), run.longer(new))):
+            if before.is_dir():
+                before.rename(after)
 
 
 def remove_expert(path: Path, name: str) -> None:
@@ -93,10 +99,10 @@ def remove_expert(path: Path, name: str) -> None:
     run, experiment = open_run(path)
     adapter = without_expert(mixture_of(run, experiment), name)
     _refuse_labelled(experiment, f"remove {name}")
-    write_adapter(adapter, run.model)
+    with _rewritten(run, experiment, lambda one: None if one == name else one):
+        write_adapter(adapter, run.model)
     for folder in (run.expert(name), run.longer(name)):
         shutil.rmtree(folder, ignore_errors=True)
-    _rewrite(run, experiment, lambda one: None if one == name else one)
 
 
 def extract_expert(path: Path, name: str, folder: Path) -> dict[str, Any]:
@@ -108,8 +114,8 @@ def extract_expert(path: Path, name: str, folder: Path) -> dict[str, Any]:
     run, experiment = open_run(path)
     adapter = mixture_of(run, experiment)
     lora = take_lora(adapter, check_mixture(adapter), name)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: is not empty. Name a new folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: is not an empty folder. Name a new one.")
     targets = short_targets(list(lora.modules), list(sizes_of(experiment.model_name_or_path)))
     plain = lora_adapter(lora, targets)
     write_adapter(plain, folder)
@@ -124,8 +130,21 @@ def _refuse_labelled(experiment: Experiment, what: str) -> None:
         )
 
 
-def _rewrite(run: RunFolder, experiment: Experiment, change: Callable[[str], str | None]) -> None:
-    """Writes settings and stored prompts with domains renamed, or dropped where `change` gives none."""
+def checked_yaml(experiment: Experiment) -> str:
+    """Returns settings as they are written to a run.
+
+    Raises:
+        ConfigError: they contradict each other, so the run could not be opened any more.
+    """
+    text = as_yaml(experiment)
+    build(yaml.safe_load(text), where="the run's settings afterwards; nothing was changed", with_data=False)
+    return text
+
+
+@contextmanager
+def _rewritten(run: RunFolder, experiment: Experiment, change: Callable[[str], str | None]) -> Iterator[None]:
+    """Readies settings with domains renamed, or dropped where `change` gives none; lets the caller write the rest; then
+    puts them in place, and changes what was stored and measured likewise."""
 
     def changed(by_name: Any) -> Any:
         if not isinstance(by_name, Mapping):
@@ -136,5 +155,9 @@ def _rewrite(run: RunFolder, experiment: Experiment, change: Callable[[str], str
     names = ("domains", "max_train_examples", "max_test_examples", "mixing_weights", "kinds", "split_in")
     update = {name: changed(getattr(data, name)) for name in names}
     whole = experiment.model_copy(update={"data": data.model_copy(update=update)})
-    run.config.write_text(as_yaml(whole), encoding="utf-8")
+    with staged_text(run.config, checked_yaml(whole)):
+        yield
     write_prompts(run.prompts, changed(read_prompts(run.prompts)))
+    for file in (run.results, run.abstention):
+        if file.is_file():
+            write_json(file, renamed_in(json.loads(file.read_text(encoding="utf-8")), change))

@@ -47,8 +47,8 @@ def export_experts(adapter: Adapter, folder: Path, run: RunFolder | None, linear
     config = check_mixture(adapter)
     if problem := whole_experts_problem(config):
         raise ConfigError(problem)
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ConfigError(f"{folder}: holds something else than an export. Name an empty or a new folder.")
+    folder = folder.resolve()
+    _check_folder(folder)
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
@@ -72,6 +72,27 @@ def export_experts(adapter: Adapter, folder: Path, run: RunFolder | None, linear
     write_json(making / MANIFEST, manifest)
     replace_folder(making, folder)
     return manifest
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises a ConfigError unless a folder is new, empty, or holds an export of ours and nothing beside it."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file. Name an empty or a new folder.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        ours = set(manifest["sha256"]) if manifest["format"] == FORMAT else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
+    foreign = sorted(there - ours - {MANIFEST, "README.md"})
+    if not ours or foreign:
+        what = ", ".join(foreign[:5]) or "no manifest of ours"
+        raise ConfigError(
+            f"{folder}: holds something else than an export ({what}), which would be lost. Name an empty or a new "
+            "folder."
+        )
 
 
 def is_export(folder: Path) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from loramix.adapters.adapter import read_adapter, write_adapter
-from loramix.adapters.lora import as_lora
+from loramix.adapters.alike import short_targets
+from loramix.adapters.lora import as_lora, lora_adapter
 from loramix.adapters.mixture import check_mixture
 from loramix.environment import environment
 from loramix.experiment import as_yaml, build
@@ -14,7 +15,10 @@ from loramix.lifecycle.export import read_export
 from loramix.lifecycle.importing import base_of, check_fits, sizes_of
 from loramix.methods import method_named
 from loramix.preparation import anchored
-from loramix.run_folder import RunFolder, write_json
+from loramix.run_folder import RunFolder, write_json, write_text_safely
+
+_WHERE = ("layers_to_transform", "exclude_modules", "bank")
+"""Settings of the mixture that its target modules alone do not say."""
 
 
 def import_export(
@@ -38,7 +42,8 @@ def import_export(
     names = list(config.experts or [])
     experts = {name: as_lora(read_adapter(folder / name)) for name in names}
     name = base_of(experts, base, any_base_name=any_base_name)
-    check_fits(experts, sizes_of(name))
+    sizes = sizes_of(name)
+    check_fits(experts, sizes)
     method = method_named(config.method)
     settings: dict[str, Any] = {
         "r": config.r,
@@ -46,6 +51,7 @@ def import_export(
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "target_modules": adapter.config["target_modules"],
+        **{key: adapter.config[key] for key in _WHERE if adapter.config.get(key) is not None},
     }
     if method.router is not None:
         settings |= {"router": config.router, "scope": config.scope, "decision": config.decision}
@@ -60,9 +66,11 @@ def import_export(
     run = RunFolder(Path(output_dir))
     run.create()
     for expert in names:
-        write_adapter(read_adapter(folder / expert), run.expert(expert))
+        # Written anew, not copied: the stranger's settings say where its matrices came from, and no more.
+        targets = short_targets(list(experts[expert].modules), list(sizes))
+        write_adapter(lora_adapter(experts[expert], targets), run.expert(expert))
     write_adapter(adapter, run.model)
-    run.config.write_text(as_yaml(anchored(experiment)), encoding="utf-8")
+    write_text_safely(run.config, as_yaml(anchored(experiment)))
     write_json(run.environment, environment())
     made = {"base": name, "method": method.name, "ready": "yes", "experts": [{"name": n} for n in names]}
     made["from"] = str(folder)

@@ -29,7 +29,7 @@ from loramix.models import load_skeleton
 from loramix.models.base import base_folder
 from loramix.opening import ADAPTER
 from loramix.preparation import anchored, without_data
-from loramix.run_folder import RunFolder, write_json
+from loramix.run_folder import RunFolder, write_json, write_text_safely
 from loramix.settings import BUILTIN, Experiment
 from loramix.tuner.assembly import put_experts
 
@@ -173,7 +173,7 @@ def import_experts(
     run.create()
     for expert, lora in experts.items():
         write_adapter(lora_adapter(lora, short_targets(list(lora.modules), list(sizes))), run.expert(expert))
-    run.config.write_text(as_yaml(anchored(experiment)), encoding="utf-8")
+    write_text_safely(run.config, as_yaml(anchored(experiment)))
     write_json(run.environment, environment())
     ready = "no"
     if method in ("arrow", "moa"):

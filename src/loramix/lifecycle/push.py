@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from loramix.errors import ModelError
@@ -26,10 +27,12 @@ def push_export(folder: Path, repository: str, *, private: bool = False, revisio
     if not is_export(folder):
         raise ModelError(f"{folder}: no {MANIFEST} here. Export a run first: loramix export RUN --output-dir {folder}.")
     read_export(folder)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    listed = [*manifest["sha256"], MANIFEST, "README.md"]  # whatever else lies in the folder stays here
     client = HfApi()
     try:
         client.create_repo(repository, private=private, exist_ok=True)
-        client.upload_folder(repo_id=repository, folder_path=str(folder), revision=revision)
+        client.upload_folder(repo_id=repository, folder_path=str(folder), revision=revision, allow_patterns=listed)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(

@@ -12,12 +12,12 @@ from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from loramix import __version__
-from loramix.serving.answering import Answering, Gone, Shape
+from loramix.serving import failures
+from loramix.serving.answering import Answering, Shape
 from loramix.serving.ask import Ask, Engine, EngineError
 from loramix.serving.catalog import Catalog
 from loramix.serving.guard import Guard
@@ -26,7 +26,7 @@ from loramix.serving.limits import Limits
 from loramix.serving.metrics import Metrics
 from loramix.serving.prompts import PromptEncoder
 from loramix.serving.protocol import ChatRequest, RouteRequest, TextRequest
-from loramix.serving.replies import ChatReply, ErrorReply, Health, ModelList, RouteReply, Routing, TextReply, error
+from loramix.serving.replies import ChatReply, ErrorReply, Health, ModelList, RouteReply, Routing, TextReply
 from loramix.serving.sampling import Sampling
 from loramix.serving.shapes import ChatShape, TextShape, TokenTexts
 
@@ -82,11 +82,7 @@ def create_app(service: Service, keys: Keys, *, any_host: bool) -> Guard:
     )  # fmt: skip
     _add_routes(app, service)
     _add_page(app)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(EngineError, _engine_error)
-    app.add_exception_handler(Gone, _gone)
-    app.add_exception_handler(Exception, _mistake)
+    failures.add_to(app)
     _without_422(app)
     return Guard(app, keys, service.limits, service.metrics, any_host=any_host)
 
@@ -244,49 +240,6 @@ def _add_page(app: FastAPI) -> None:
             raise HTTPException(404, "No such file.")
         content, kind = pages[name]
         return Response(content, media_type=kind)
-
-
-# ---- errors, all in OpenAI's shape -----------------------------------------------------------------------------------
-
-
-def _reply(status: int, message: str, *, param: str | None = None, retry_after: int | None = None) -> JSONResponse:
-    kinds = {404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    code = {404: "not_found", 429: "rate_limit_exceeded"}.get(status)
-    headers = None if retry_after is None else {"retry-after": str(retry_after)}
-    return JSONResponse(error(message, kind=kind, param=param, code=code), status, headers)
-
-
-async def _invalid(_: Request, failed: Exception) -> Response:
-    assert isinstance(failed, RequestValidationError)
-    found = []
-    for one in failed.errors()[:8]:
-        # The input itself is not repeated: it may be long, and is none of the log's business.
-        place = ".".join(str(part) for part in one["loc"] if part != "body")
-        found.append(f"{place or 'body'}: {one['msg']}")
-    places = [one["loc"][1:] for one in failed.errors()]
-    param = str(places[0][0]) if places and places[0] else None
-    return _reply(400, "; ".join(found), param=param)
-
-
-async def _http_error(_: Request, failed: Exception) -> Response:
-    assert isinstance(failed, HTTPException)
-    reply = _reply(failed.status_code, str(failed.detail))
-    reply.headers.update(failed.headers or {})
-    return reply
-
-
-async def _engine_error(_: Request, failed: Exception) -> Response:
-    assert isinstance(failed, EngineError)
-    return _reply(failed.status, str(failed), retry_after=failed.retry_after)
-
-
-async def _gone(_: Request, failed: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; the log and the counters do
-
-
-async def _mistake(_: Request, failed: Exception) -> Response:
-    return _reply(500, "The server made a mistake on this request. Its log says more.")
 
 
 def _without_422(app: FastAPI) -> None:
