@@ -130,7 +130,7 @@ def report(args: argparse.Namespace, found: dict[str, dict[int, Measured]]) -> N
             ("vllm", "vllm-by-hand"),
         )
         for clients in sorted({row["clients"] for row in rows})
-        if (one, clients) in speed and (other, clients) in speed
+        if (one, clients) in speed and speed.get((other, clients))
     }
     content = {
         "date": time.strftime("%F"),
@@ -204,7 +204,7 @@ def _openai(url: str, model_of: Callable[[Ask], str], *, end: list[int], key: st
     """Asks a server by streams, so many at a time."""
 
     async def one(client: httpx2.AsyncClient, ask: Ask, tokens: int) -> tuple[int, float | None]:
-        started, first, count = time.monotonic(), None, 0
+        started, first, count, pieces = time.monotonic(), None, 0, 0
         body = {
             "model": model_of(ask), "messages": ask.messages, "max_tokens": tokens, "temperature": 0, "stream": True,
             "stream_options": {"include_usage": True}, "logit_bias": {str(token): -100 for token in end},
@@ -216,8 +216,9 @@ def _openai(url: str, model_of: Callable[[Ask], str], *, end: list[int], key: st
                 chunk = json.loads(line.removeprefix("data: "))
                 if first is None and any(c["delta"].get("content") for c in chunk.get("choices") or []):
                     first = time.monotonic() - started
+                pieces += any(c["delta"].get("content") for c in chunk.get("choices") or [])
                 count = (chunk.get("usage") or {}).get("completion_tokens") or count
-        return count, first
+        return count or pieces, first  # transformers' server tells no usage in a stream: a piece is a token there
 
     async def all_of(asks: list[Ask], clients: int, tokens: int) -> tuple[int, float, list[float], int]:
         places = asyncio.Semaphore(clients)

@@ -181,3 +181,22 @@ def test_a_hub_cache_of_an_export_can_be_imported(run: Path, tmp_path: Path):
     for file in (run / "experts" / "adds").iterdir():
         (outside / file.name).symlink_to(blobs / "0")
     assert loramix(["experts", "import", f"a={outside}", f"b={run}/experts/greets", "-o", str(tmp_path / "no")]) == 4
+
+
+def test_an_export_of_some_layers_in_16_bits_becomes_the_same_run(original: Path, tmp_path: Path):
+    part, made = tmp_path / "part", tmp_path / "made"
+    options = [f"output_dir={part}", "dtype=bfloat16", "adapter.layers_to_transform=[1,2]", "controls=[]"]
+    assert loramix(["train", str(original / "toy.yaml"), *options]) == 0
+    assert loramix(["export", str(part), "-o", str(tmp_path / "export")]) == 0
+    assert loramix(["experts", "import", str(tmp_path / "export"), "-o", str(made)]) == 0
+    settings = yaml.safe_load((made / "config.yaml").read_text())
+    assert settings["dtype"] == "bfloat16"
+    assert settings["adapter"]["layers_to_transform"] == [1, 2]
+    data = [f"data.domains.{name}={original / 'data' / name}" for name in ("adds", "greets")]
+    assert _again(made, "routers", *data) == 0
+
+
+def test_a_rank_above_a_modules_width_is_an_option_at_fault(run: Path, tmp_path: Path, capsys: Any):
+    words = ["--weights", "adds=0.5", "--weights", "greets=0.5", "--combination", "ties_svd", "--density", "0.5"]
+    assert loramix(["experts", "merge", str(run), *words, "--rank", "20", "-o", str(tmp_path / "merged")]) == 2
+    assert "--rank 20" in capsys.readouterr().err

@@ -25,16 +25,15 @@ def experts_for(prepared: Prepared, stage: str) -> dict[str, Lora]:
     stay as they are; else what stage 1 or an import left.
 
     Raises:
-        ModelError: one is missing, or was trained under another scaling than the settings say.
+        ModelError: one is missing.
     """
     run = prepared.run
     if stage == "routers" and (run.model / "adapter_config.json").is_file():
         adapter = read_adapter(run.model)
         config = check_mixture(adapter)
         found = {name: take_lora(adapter, config, name) for name in config.experts or []}
-    else:
-        found = load_experts(run, prepared.domains)
-    return found
+        return found | load_experts(run, [name for name in prepared.domains if name not in found])
+    return load_experts(run, prepared.domains)
 
 
 def check_scaling(experts: Mapping[str, Lora], config: LoramixConfig) -> None:

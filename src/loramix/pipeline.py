@@ -131,9 +131,11 @@ def _go_on(experiment: Experiment, console: Console, stage: str, started: float)
     results = Results()
     rows, results.stages = earlier_rows(run, prepared.data.counts)
     results.rows = [Row(**row) for row in rows]
-    measured = {row.domain for row in results.rows if row.model == "single"}
+    measured = {(row.model, row.domain) for row in results.rows}
     for domain in prepared.domains:
-        if domain not in measured:
+        if "base" in experiment.controls and ("base", domain) not in measured:
+            results.rows += rows_of("base", _own_domain(prepared, prepared.base, domain))
+        if ("single", domain) not in measured:
             model = load_adapter(prepared.base, run.expert(domain))
             results.rows += rows_of("single", _own_domain(prepared, model, domain))
             prepared.base = model.unload()

@@ -25,6 +25,7 @@ from loramix.adapters.mixture import check_mixture, router_tensors, stacked, tak
 from loramix.adapters.suspicion import file_problem, read_header
 from loramix.data.domains import name_problem
 from loramix.errors import ConfigError, ModelError, Problems
+from loramix.experiment import load
 from loramix.lifecycle.card import card
 from loramix.run_folder import RunFolder, write_json
 
@@ -63,6 +64,7 @@ def export_experts(adapter: Adapter, folder: Path, run: RunFolder | None, linear
         "version": VERSION,
         "loramix": __version__,
         "base": adapter.config.get("base_model_name_or_path"),
+        "dtype": None if run is None else load(run.config, with_data=False).experiment.dtype,
         "method": config.method,
         "experts": list(config.experts or []),
         "adapter_config": adapter.config,
@@ -107,7 +109,7 @@ def read_export(folder: Path) -> Adapter:
         ModelError: a newer format; a file that is missing, changed, or leads out of the folder; experts that are not of
             one make, or do not fit the routers.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     problems = Problems(str(folder))
     for name in manifest["experts"]:
         if not isinstance(name, str) or name_problem(name):
@@ -144,7 +146,12 @@ def _link_above(folder: Path, file: str) -> str | None:
     )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of an export.
+
+    Raises:
+        ModelError: there is none, or it is none of ours, or of a newer version.
+    """
     from loramix.adapters.suspicion import read_config
 
     if wrong := file_problem(folder / MANIFEST):

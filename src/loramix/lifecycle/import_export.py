@@ -11,7 +11,7 @@ from loramix.adapters.lora import as_lora, lora_adapter
 from loramix.adapters.mixture import check_mixture
 from loramix.environment import environment
 from loramix.experiment import as_yaml, build
-from loramix.lifecycle.export import read_export
+from loramix.lifecycle.export import read_export, read_manifest
 from loramix.lifecycle.importing import base_of, check_fits, sizes_of
 from loramix.methods import method_named
 from loramix.preparation import anchored
@@ -59,6 +59,7 @@ def import_export(
         "output_dir": output_dir,
         "model_name_or_path": name,
         "method": method.name,
+        **({"dtype": dtype} if (dtype := read_manifest(folder).get("dtype")) else {}),
         "data": {"domains": dict.fromkeys(names)},
         "adapter": settings,
     }

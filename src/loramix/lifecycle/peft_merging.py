@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from loramix.adapters.adapter import read_adapter, write_adapter
 from loramix.adapters.lora import Lora, as_lora, lora_adapter
+from loramix.errors import ConfigError
 
 COMBINATIONS = (
     "linear",
@@ -61,7 +62,16 @@ def combined(base: Any, experts: Mapping[str, Lora], weights: Mapping[str, float
         experts: by name, each of one rank and scaling over all modules.
         weights: by name; experts of weight 0 are left out.
         how: see `Combination`.
+
+    Raises:
+        ConfigError: the rank is higher than a module is wide.
     """
+    widths = [min(down.shape[1], up.shape[0]) for lora in experts.values() for down, up in lora.modules.values()]
+    if how.rank is not None and how.rank > min(widths):
+        raise ConfigError(
+            f"--rank {how.rank}: the narrowest module is {min(widths)} wide, and PEFT's {how.kind} can give it no "
+            f"higher rank. Lower --rank to {min(widths)} or less, or leave --combination out."
+        )
     names = [name for name in experts if weights.get(name)]
     # PEFT's adapter names are names of modules; an expert's may hold dots.
     adapters = [f"expert_{number}" for number in range(len(names))]
