@@ -153,11 +153,12 @@ def test_own_experts_that_do_not_fit_their_settings_are_refused(run: Path, tmp_p
     folder = tmp_path / "own"
     write_adapter(own, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 16}))
     other = str(run / "experts" / "greets")
     made = ["experts", "import", f"a={folder}", f"b={other}", "-o", str(tmp_path / "made")]
-    assert loramix(made) == 4
-    assert not (tmp_path / "made" / "model").exists()
+    for wrong in ({"r": 16}, {"lora_alpha": math.nan}, {"lora_alpha": math.inf}):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **wrong}))
+        assert loramix(made) == 4
+        assert not (tmp_path / "made" / "model").exists()
 
 
 def test_a_hub_cache_of_an_export_can_be_imported(run: Path, tmp_path: Path):

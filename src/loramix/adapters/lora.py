@@ -176,6 +176,9 @@ def _own(adapter: Adapter) -> Lora:
 
     check_mixture(adapter)
     config = adapter.config
+    if not (_above_0(config["r"]) and _above_0(config["lora_alpha"])):
+        said = f"r = {config['r']!r}, lora_alpha = {config['lora_alpha']!r}"
+        raise ModelError(f"{adapter.where}: {said}: expected numbers above 0. Get the adapter anew.")
     plain = (int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False)))
     modules = {
         name.removesuffix(".loramix_bank.A_ERI"): (

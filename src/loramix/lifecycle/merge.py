@@ -146,6 +146,7 @@ def _write_model(
     beside, wanted = _beside_the_base(run, experiment, config, merged, prompts)
     base = load_base(name, dtype=dtype)
     rounding, to_weights = fold_in(base, merged.lora)
+    folder = folder.resolve()  # "." has no name to put something beside
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     base.save_pretrained(str(making))
