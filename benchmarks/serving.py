@@ -1,16 +1,18 @@
 """How fast a run is served: tokens per second and time to first token at 1, 8 and 32 clients at a time, whose prompts
 are of all domains, against other ways to serve the same experts.
 
-    python benchmarks/serving.py --run runs/demo [--clients 1,8,32] [--tokens 24] [--rounds 3] [--json --out FILE]
+    python benchmarks/serving.py --run runs/demo [--clients 1,8,32] [--tokens 16-128] [--rounds 3] [--json --out FILE]
     python benchmarks/serving.py --run runs/demo --sides vllm,vllm-by-hand --vllm .venv-vllm/bin/vllm
 
 Sides: `routed` and `pinned` (loramix, engine transformers: the mixture, and every request pinned to its domain's
 expert), `routed-early` (loramix, routed by the earliest layer as good as the best), `adapter-names` (transformers'
 generate on stock PEFT LoRAs, a batch at a time, each row's adapter named by hand), `transformers-serve` (one expert),
-`vllm` (loramix, engine vllm) and `vllm-by-hand` (vLLM alone, each request's adapter named by hand). All answers have
-the same length: the end token is forbidden by logit_bias, or by min_new_tokens. Every side is up before the first is
-measured, and all are asked in turn in each round, so that what else the machine does meets all alike. Ratios are of
-medians.
+`transformers-batching` (the same with its continuous batching, which takes most of the memory), `vllm` (loramix, engine
+vllm) and `vllm-by-hand` (vLLM alone, each request's adapter named by hand). Each prompt has an answer of its own
+length, drawn between the two of --tokens, the same for every side: the end token is forbidden by logit_bias, or by
+min_new_tokens, and a batch of generate runs until its longest answer is done. Every side is up before the first is
+measured, and all are asked in turn in each round, so that what else the machine does meets all alike.
+Ratios are of medians.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import shutil
 import socket
 import subprocess
@@ -28,22 +31,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx2
 
+# By default vLLM takes nearly all memory of the machine, and here are two of it.
+VLLM_ARGUMENTS = ("--enforce-eager", "--max-model-len", "1024", "--gpu-memory-utilization", "0.2")
 SIDES = ("routed", "routed-early", "pinned", "adapter-names", "transformers-serve")
 
 
 @dataclass
 class Ask:
-    """A prompt, its domain, and the messages it is sent as."""
+    """A prompt, its domain, the messages it is sent as, and how many tokens its answer has."""
 
     domain: str
     messages: list[dict[str, str]]
+    tokens: int = 4
 
 
 @dataclass
@@ -55,8 +61,8 @@ class Measured:
     failed: int = 0
 
 
-Side = Callable[[list[Ask], int, int], tuple[int, float, list[float], int]]
-"""Takes the asks, how many clients and tokens; gives tokens, seconds, times to first token, failures."""
+Side = Callable[[list[Ask], int], tuple[int, float, list[float], int]]
+"""Takes the asks and how many clients; gives tokens, seconds, times to first token, failures."""
 
 
 def main() -> int:
@@ -64,25 +70,27 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--clients", default="1,8,32")
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", default="16-128", help="of an answer: a number, or a range to draw from")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--per-client", type=int, default=1, help="requests each client sends in a round")
     parser.add_argument("--vllm", default=".venv-vllm/bin/vllm")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    asks = prompts(args.run)
+    asks = prompts(args.run, args.tokens)
     found: dict[str, dict[int, Measured]] = {}
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         sides = {name: start(name, args, Path(scratch), stack) for name in args.sides.split(",")}
         for name, side in sides.items():
             print(f"{name}: up", file=sys.stderr)
-            side(asks[:2], 2, 4)  # the first requests of a process are not like the others
+            side(
+                [replace(ask, tokens=4) for ask in asks[:2]], 2
+            )  # the first requests of a process are not like the others
         for clients in map(int, args.clients.split(",")):
             for number in range(args.rounds):
                 wanted = [asks[(number * 7 + n) % len(asks)] for n in range(max(2, clients * args.per_client))]
                 for name, side in sides.items():
-                    tokens, seconds, first, failed = side(wanted, clients, args.tokens)
+                    tokens, seconds, first, failed = side(wanted, clients)
                     one = found.setdefault(name, {}).setdefault(clients, Measured())
                     one.tokens_per_s.append(tokens / seconds)
                     one.first_token_s += first
@@ -94,15 +102,23 @@ def main() -> int:
     return 0
 
 
-def prompts(run: Path) -> list[Ask]:
-    """Returns held-out prompts of a run's domains in turn, not longer than usual."""
+def prompts(run: Path, tokens: str) -> list[Ask]:
+    """Returns held-out prompts of a run's domains in turn, not longer than usual, with the lengths of their answers."""
     from loramix.corpus import read_all
     from loramix.experiment import load
 
     splits, _ = read_all(load(run / "config.yaml", ["data.max_test_examples=40"]).experiment)
     rows = zip(*(split.test for split in splits.values()), strict=False)
+    least, _, most = tokens.partition("-")
+    draw = random.Random(0)
+
+    def length() -> int:
+        return draw.randint(int(least), int(most or least))
+
     return [
-        Ask(record.domain or "", [{"role": "user", "content": record.prompt[:400]}]) for row in rows for record in row
+        Ask(record.domain or "", [{"role": "user", "content": record.prompt[:400]}], length())
+        for row in rows
+        for record in row
     ]
 
 
@@ -169,7 +185,7 @@ def start(name: str, args: argparse.Namespace, scratch: Path, stack: contextlib.
             accuracy = json.loads((run / "results.json").read_text())["router_accuracy_by_layer"]
             more = ["--decision", earliest_layer(accuracy) or "last"]
         if name == "vllm":
-            more = ["--engine", "vllm", "--vllm", args.vllm, "--vllm-args", "--enforce-eager --max-model-len 1024"]
+            more = ["--engine", "vllm", "--vllm", args.vllm, "--vllm-args", " ".join(VLLM_ARGUMENTS)]
         port = _free_port()
         command = ["serve", str(run), "--name", "m", "--port", str(port), "--max-batch", "32", *more]
         stack.enter_context(_server([sys.executable, "-m", "loramix", *command], port, scratch / f"{name}.log"))
@@ -183,8 +199,8 @@ def start(name: str, args: argparse.Namespace, scratch: Path, stack: contextlib.
     manifest["base"] = load(run / "config.yaml", with_data=False).experiment.model_name_or_path
     if name == "adapter-names":
         return _adapter_names(manifest, export)
-    if name == "transformers-serve":
-        return _transformers_serve(manifest, export, scratch, stack, run)
+    if name in ("transformers-serve", "transformers-batching"):
+        return _transformers_serve(manifest, export, scratch / name, stack, run)
     if name == "vllm-by-hand":
         return _vllm_by_hand(manifest, export, args, scratch, stack)
     raise SystemExit(f"--sides {name}: no such side.")
@@ -203,24 +219,27 @@ def _end(run: Path) -> list[int]:
 def _openai(url: str, model_of: Callable[[Ask], str], *, end: list[int], key: str = "none") -> Side:
     """Asks a server by streams, so many at a time."""
 
-    async def one(client: httpx2.AsyncClient, ask: Ask, tokens: int) -> tuple[int, float | None]:
+    async def one(client: httpx2.AsyncClient, ask: Ask) -> tuple[int, float | None]:
         started, first, count, pieces = time.monotonic(), None, 0, 0
         body = {
-            "model": model_of(ask), "messages": ask.messages, "max_tokens": tokens, "temperature": 0, "stream": True,
-            "stream_options": {"include_usage": True}, "logit_bias": {str(token): -100 for token in end},
+            "model": model_of(ask), "messages": ask.messages, "max_tokens": ask.tokens, "temperature": 0,
+            "stream": True, "stream_options": {"include_usage": True},
+            "logit_bias": {str(token): -100.0 for token in end},
         }  # fmt: skip
         async with client.stream("POST", f"{url}/chat/completions", json=body) as reply:
             async for line in reply.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    raise SystemExit(f"{url}: {chunk['error']}")
                 if first is None and any(c["delta"].get("content") for c in chunk.get("choices") or []):
                     first = time.monotonic() - started
                 pieces += any(c["delta"].get("content") for c in chunk.get("choices") or [])
                 count = (chunk.get("usage") or {}).get("completion_tokens") or count
         return count or pieces, first  # transformers' server tells no usage in a stream: a piece is a token there
 
-    async def all_of(asks: list[Ask], clients: int, tokens: int) -> tuple[int, float, list[float], int]:
+    async def all_of(asks: list[Ask], clients: int) -> tuple[int, float, list[float], int]:
         places = asyncio.Semaphore(clients)
         headers = {"authorization": f"Bearer {key}"}
         limits = httpx2.Limits(max_connections=clients)
@@ -228,15 +247,16 @@ def _openai(url: str, model_of: Callable[[Ask], str], *, end: list[int], key: st
 
             async def placed(ask: Ask) -> tuple[int, float | None]:
                 async with places:
-                    return await one(client, ask, tokens)
+                    return await one(client, ask)
 
             started = time.monotonic()
             done = await asyncio.gather(*map(placed, asks))
         seconds = time.monotonic() - started
         first = [value for _, value in done if value is not None]
-        return sum(count for count, _ in done), seconds, first, sum(count != tokens for count, _ in done)
+        failed = sum(count != ask.tokens for ask, (count, _) in zip(asks, done, strict=True))
+        return sum(count for count, _ in done), seconds, first, failed
 
-    return lambda asks, clients, tokens: asyncio.run(all_of(asks, clients, tokens))
+    return lambda asks, clients: asyncio.run(all_of(asks, clients))
 
 
 def _adapter_names(manifest: dict[str, Any], export: Path) -> Side:
@@ -255,12 +275,13 @@ def _adapter_names(manifest: dict[str, Any], export: Path) -> Side:
     for expert in others:
         model.load_adapter(str(export / expert), adapter_name=expert)
 
-    def side(asks: list[Ask], clients: int, tokens: int) -> tuple[int, float, list[float], int]:
+    def side(asks: list[Ask], clients: int) -> tuple[int, float, list[float], int]:
         started = time.monotonic()
         for begin in range(0, len(asks), clients):
             part = asks[begin : begin + clients]
             turns = [[Message(**message) for message in ask.messages] for ask in part]
             batch = encode_prompts(tokenizer, turns)
+            tokens = max(ask.tokens for ask in part)
             model.generate(
                 **{name: batch[name] for name in ("input_ids", "attention_mask")},
                 adapter_names=[ask.domain for ask in part],
@@ -269,7 +290,7 @@ def _adapter_names(manifest: dict[str, Any], export: Path) -> Side:
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        return len(asks) * tokens, time.monotonic() - started, [], 0
+        return sum(ask.tokens for ask in asks), time.monotonic() - started, [], 0
 
     return side
 
@@ -280,16 +301,17 @@ def _transformers_serve(
     """transformers' own server: it takes a folder with a base and one adapter, so one expert answers all."""
     from loramix.models.base import base_folder
 
-    folder, port = scratch / "served", _free_port()
+    folder, port, batching = scratch / "served", _free_port(), scratch.name == "transformers-batching"
     shutil.copytree(base_folder(manifest["base"]), folder)
     for file in (export / manifest["experts"][0]).iterdir():
         shutil.copy(file, folder / file.name)
     command = [
         str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--port", str(port),
-        "--dtype", "float32", "--host", "127.0.0.1",
+        "--dtype", "float32", "--host", "127.0.0.1", *["--continuous-batching"] * batching,
     ]  # fmt: skip
     stack.enter_context(_server(command, port, scratch / "transformers.log"))
-    return _openai(f"http://127.0.0.1:{port}/v1", lambda ask: str(folder), end=_end(run))
+    # Its batching answers nothing when tokens are biased: there, an answer may end before its length.
+    return _openai(f"http://127.0.0.1:{port}/v1", lambda ask: str(folder), end=[] if batching else _end(run))
 
 
 def _vllm_by_hand(
@@ -299,7 +321,7 @@ def _vllm_by_hand(
     from loramix.models.base import base_folder
     from loramix.serving.vllm_process import VllmOptions, VllmProcess
 
-    options = VllmOptions(args.vllm, scratch / "by-hand.log", ("--enforce-eager", "--max-model-len", "1024"))
+    options = VllmOptions(args.vllm, scratch / "by-hand.log", VLLM_ARGUMENTS)
     process = VllmProcess(
         base_folder(manifest["base"]), export, manifest["experts"], rank=manifest["adapter_config"]["r"], places=32,
         dtype="float32", options=options,

