@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     {"errors", "labels"},
     {"routing", "run_folder", "cache", "environment"},
-    {"losses", "wheels", "reports"},
+    {"losses", "wheels", "reports", "checkpoints", "journal"},
     {"data", "routers", "experts"},
     {"methods", "models"},
     {"tuner"},
@@ -26,8 +26,8 @@ FLOORS = [
     {"contradictions"},
     {"experiment"},
     {"preparation"},
-    {"opening", "budget", "prompt_store"},
-    {"building", "going_on"},
+    {"opening", "budget", "prompt_store", "identity"},
+    {"building", "going_on", "resuming", "results"},
     {"pipeline", "comparison", "lifecycle", "serving"},
     {"cli"},
 ]

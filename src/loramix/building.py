@@ -62,6 +62,7 @@ def train_on(
 ) -> dict[str, Any]:
     """Trains a model on some domains and returns what the stage saw."""
     shares = prepared.shares() if len(domains) > 1 else dict.fromkeys(domains, 1.0)
+    log_bytes = 0 if prepared.journal is None else prepared.journal.log_bytes
     return train_stage(
         model,
         {domain: prepared.train[domain] for domain in domains},
@@ -75,6 +76,7 @@ def train_on(
         console=prepared.console,
         auxiliary=losses,
         kinds=prepared.kinds(),
+        keeper=None if prepared.keeping is None else prepared.keeping.stage(title, settings, log_bytes),
     )
 
 

@@ -33,6 +33,31 @@ class ModelError(LoramixError):
     exit_code = 4
 
 
+class Diverged(LoramixError):
+    """A training whose numbers are no longer numbers, or no longer sense, and that going back did not mend."""
+
+    exit_code = 6
+
+
+class StorageError(LoramixError):
+    """A disk that is full, gone or may not be written. What was written before is as it was."""
+
+    exit_code = 7
+
+
+class Interrupted(BaseException):
+    """A signal ended the work, after what was begun had been saved. Nothing that anybody should catch and go on from.
+
+    Args:
+        message: where it ended and how to go on.
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
 class Problems:
     """Collects the problems of one input and raises them together.
 

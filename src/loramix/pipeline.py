@@ -7,71 +7,42 @@ pass over one base.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from loramix.adapter_settings import adapter_config
 from loramix.adapters.adapter import read_adapter
 from loramix.budget import all_stages, expert_settings, longer
 from loramix.building import save, teach_routers, train_method, train_on, with_lora
-from loramix.data.collation import Example
 from loramix.errors import ConfigError, DataError, did_you_mean
-from loramix.evaluation.evaluate import RoutedResult, Row, measure_routed, rows_of, score_domains
-from loramix.evaluation.generation import answer
+from loramix.evaluation.evaluate import Row, rows_of, score_domains
 from loramix.evaluation.scoring import Score
 from loramix.going_on import check_scaling, earlier_rows, experts_for, keep_calibration
+from loramix.identity import identity
+from loramix.journal import digest, sums_of
 from loramix.methods import method_named
 from loramix.opening import ADAPTER, check_trained, load_adapter, load_trained
 from loramix.preparation import Prepared, prepare, record
 from loramix.prompt_store import prompts_of, write_prompts
+from loramix.results import Results, answers, measure
+from loramix.resuming import Resume, begin
 from loramix.run_folder import RunFolder, write_json
 from loramix.settings import Experiment
+from loramix.training.keeper import Keeping
 from loramix.training.settings import TrainingSettings
 from loramix.tuner.assembly import Expert, take_expert
 
 
-@dataclass
-class Results:
-    """What is written to results.json."""
-
-    rows: list[Row] = field(default_factory=list)
-    routed: RoutedResult | None = None
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    examples: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def as_dict(self, domains: Sequence[str], method: str) -> dict[str, Any]:
-        """Returns the content of results.json; see docs/results-format.md."""
-        content: dict[str, Any] = {
-            "method": method,
-            "domains": list(domains),
-            "rows": [asdict(row) for row in self.rows],
-        }
-        if self.routed is not None:
-            routers = self.routed.routers
-            content["router_accuracy"] = routers.by_domain
-            content["router_accuracy_overall"] = routers.overall
-            content["router_accuracy_by_layer"] = routers.by_layer
-            content["router_confusion"] = routers.confusion
-            content["router_prompts"] = routers.prompts
-            content["router_calibration"] = asdict(routers.calibration)
-            content["perplexity_by_decision"] = {
-                decision: {row.domain: row.perplexity for row in rows_of(decision, scores)}
-                for decision, scores in self.routed.by_decision.items()
-            }
-        content["examples"] = self.examples
-        content["stages"] = self.stages
-        content["seconds"] = round(self.seconds, 1)
-        return content
-
-
-def run_experiment(experiment: Experiment, console: Console, stage: str | None = None) -> dict[str, Any]:
+def run_experiment(
+    experiment: Experiment, console: Console, stage: str | None = None, resume: Resume | None = None
+) -> dict[str, Any]:
     """Trains and measures everything the experiment asks for and returns the content of results.json.
 
     Args:
@@ -79,30 +50,48 @@ def run_experiment(experiment: Experiment, console: Console, stage: str | None =
         console: where progress is shown.
         stage: one stage alone, see `stages_of`; a later one than "experts" goes on from the experts in the run's
             folder.
+        resume: whether a run that was ended goes on. What it gives is bitwise what it would have given.
 
     Raises:
-        ConfigError: the method has no such stage.
+        ConfigError: the method has no such stage; the folder holds another run, or somebody else writes there.
         ModelError: an expert to go on from is missing or damaged.
+        Diverged, Interrupted, StorageError: see `train_stage`.
     """
     started = time.monotonic()
     _check_stage(experiment.method, stage)
-    if stage not in (None, "experts"):
-        return _go_on(experiment, console, str(stage), started)
-    prepared = prepare(experiment, console)
-    results = Results()
+    resume = resume or Resume()
+    with RunFolder(Path(experiment.output_dir)).locked():
+        if stage not in (None, "experts"):
+            return _go_on(experiment, console, str(stage), started, resume)
+        prepared = begin(experiment, console, resume)
+        assert prepared.journal is not None
+        if prepared.journal.finished and prepared.run.results.is_file():
+            console.print("the run is finished.", highlight=False)
+            content: dict[str, Any] = json.loads(prepared.run.results.read_text(encoding="utf-8"))
+            return content
+        results = Results()
+        _train_and_measure(prepared, results, stage)
+        content = _finished(prepared, results, started)
+        if stage is None:
+            prepared.journal.note_finished()
+    return content
+
+
+def _train_and_measure(prepared: Prepared, results: Results, stage: str | None) -> None:
+    experiment = prepared.experiment
     if "base" in experiment.controls:
-        console.print("measuring the base ...", highlight=False)
-        results.rows += rows_of("base", score_domains(prepared.base, prepared.held, pad_token_id=prepared.pad))
+        prepared.console.print("measuring the base ...", highlight=False)
+        scores = partial(score_domains, prepared.base, prepared.held, pad_token_id=prepared.pad)
+        _measure_once(prepared, results, "base", scores)
     method = method_named(experiment.method)
     if method.expert_count == "one":
         _train_one(prepared, results, prepared.run.model, expert_settings(prepared))
-    else:
-        experts = _train_experts(prepared, results) if method.starts_from_experts else {}
-        if stage is None:
-            if "mixed" in experiment.controls:
-                _train_one(prepared, results, prepared.run.mixed, all_stages(prepared))
-            _train_method(prepared, results, experts)
-    return _finished(prepared, results, started)
+        return
+    experts = _train_experts(prepared, results) if method.starts_from_experts else {}
+    if stage is None:
+        if "mixed" in experiment.controls:
+            _train_one(prepared, results, prepared.run.mixed, all_stages(prepared))
+        _train_method(prepared, results, experts)
 
 
 def stages_of(method: str) -> list[str]:
@@ -121,11 +110,13 @@ def _check_stage(method: str, stage: str | None) -> None:
         )
 
 
-def _go_on(experiment: Experiment, console: Console, stage: str, started: float) -> dict[str, Any]:
+def _go_on(experiment: Experiment, console: Console, stage: str, started: float, resume: Resume) -> dict[str, Any]:
     """A later stage, from the experts that lie in the run's folder: left by stage 1, or imported."""
     run = RunFolder.opened(experiment.output_dir)
     prepared = prepare(experiment, console, new=False)
     experts = experts_for(prepared, stage)
+    begun_as = {**identity(prepared), "stage": stage, "experts": {d: sums_of(run.expert(d)) for d in prepared.domains}}
+    prepared = replace(prepared, keeping=Keeping(run, digest(begun_as), resume.wanted))
     check_scaling(experts, adapter_config(experiment, prepared.domains))
     before = read_adapter(run.model) if (run.model / "adapter_config.json").is_file() else None
     results = Results()
@@ -149,26 +140,67 @@ def _finished(prepared: Prepared, results: Results, started: float) -> dict[str,
     results.seconds = time.monotonic() - started
     content = results.as_dict(prepared.domains, prepared.experiment.method)
     write_json(prepared.run.results, content)
+    if prepared.keeping is not None:
+        prepared.keeping.clear()
     return content
 
 
 def _train_experts(prepared: Prepared, results: Results) -> dict[str, Expert]:
     """Stage 1: each expert alone, measured on its own domain; and the same trained on, if asked for."""
     experts: dict[str, Expert] = {}
+    run = prepared.run
     for domain in prepared.domains:
-        model = with_lora(prepared, domain)
-        title = f"expert {domain}"
-        results.stages[title] = train_on(prepared, model, title, [domain], expert_settings(prepared))
-        save(model, prepared.run.expert(domain))
+        part = Part(f"expert {domain}", run.expert(domain), [domain], expert_settings(prepared))
+        model = _train_once(prepared, results, part, partial(with_lora, prepared, domain))
         experts[domain] = take_expert(model.get_base_model(), ADAPTER)
-        results.rows += rows_of("single", _own_domain(prepared, model, domain))
-        if "single_long" in prepared.experiment.controls:
-            title = f"longer {domain}"
-            results.stages[title] = train_on(prepared, model, title, [domain], longer(prepared, domain))
-            save(model, prepared.run.longer(domain))
-            results.rows += rows_of("single_long", _own_domain(prepared, model, domain))
+        _measure_once(prepared, results, "single", partial(_own_domain, prepared, model, domain), domain)
         prepared.base = model.unload()
+        if "single_long" in prepared.experiment.controls:
+            part = Part(f"longer {domain}", run.longer(domain), [domain], longer(prepared, domain))
+            trained_on = partial(load_adapter, prepared.base, run.expert(domain), is_trainable=True)
+            model = _train_once(prepared, results, part, trained_on)
+            _measure_once(prepared, results, "single_long", partial(_own_domain, prepared, model, domain), domain)
+            prepared.base = model.unload()
     return experts
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training of one adapter: its title, where it is saved, what it learns and how."""
+
+    title: str
+    folder: Path
+    domains: Sequence[str]
+    settings: TrainingSettings
+
+
+def _train_once(prepared: Prepared, results: Results, part: Part, untrained: Callable[[], Any]) -> Any:
+    """Returns the model of a part: as it was saved if it is done, else trained now."""
+    journal = prepared.journal
+    done = None if journal is None else journal.trained(part.title, part.folder)
+    if done is None:
+        model = untrained()
+        done = train_on(prepared, model, part.title, part.domains, part.settings)
+        save(model, part.folder)
+        if journal is not None:
+            journal.note_trained(part.title, part.folder, done, prepared.run.log)
+    else:
+        model = load_adapter(prepared.base, part.folder)
+    results.stages[part.title] = done
+    return model
+
+
+def _measure_once(
+    prepared: Prepared, results: Results, name: str, scores: Callable[[], dict[str, list[Score]]], of: str = ""
+) -> None:
+    """Adds the rows of a model: as they were measured if that is done, else measured now."""
+    title, journal = f"{name} {of}".strip(), prepared.journal
+    rows = None if journal is None else journal.measured(title)
+    if rows is None:
+        rows = [asdict(row) for row in rows_of(name, scores())]
+        if journal is not None:
+            journal.note_measured(title, rows)
+    results.rows += [Row(**row) for row in rows]
 
 
 def _own_domain(prepared: Prepared, model: Any, domain: str) -> dict[str, list[Score]]:
@@ -177,10 +209,10 @@ def _own_domain(prepared: Prepared, model: Any, domain: str) -> dict[str, list[S
 
 def _train_one(prepared: Prepared, results: Results, folder: Path, settings: TrainingSettings) -> None:
     """One LoRA on all domains."""
-    model = with_lora(prepared, "mixed")
-    results.stages["mixed"] = train_on(prepared, model, "mixed", prepared.domains, settings)
-    save(model, folder)
-    results.rows += rows_of("mixed", score_domains(model, prepared.held, pad_token_id=prepared.pad))
+    part = Part("mixed", folder, prepared.domains, settings)
+    model = _train_once(prepared, results, part, partial(with_lora, prepared, "mixed"))
+    scores = partial(score_domains, model, prepared.held, pad_token_id=prepared.pad)
+    _measure_once(prepared, results, "mixed", scores)
     prepared.base = model.unload()
 
 
@@ -189,10 +221,17 @@ def _train_method(prepared: Prepared, results: Results, experts: dict[str, Exper
     each domain."""
     name = prepared.experiment.method
     stage = stage or method_named(name).stages[-1].name
-    train = teach_routers if stage == "routers" else train_method
-    model, results.stages[stage] = train(prepared, experts)
-    record(prepared)  # settings under which a stage failed are not the run's
-    save(model, prepared.run.model)
+    done = None if prepared.journal is None else prepared.journal.trained(stage, prepared.run.model)
+    if done is None:
+        train = teach_routers if stage == "routers" else train_method
+        model, done = train(prepared, experts)
+        record(prepared)  # settings under which a stage failed are not the run's
+        save(model, prepared.run.model)
+        if prepared.journal is not None:
+            prepared.journal.note_trained(stage, prepared.run.model, done, prepared.run.log)
+    else:
+        model = load_trained(prepared.base, prepared.run, method_named(name))
+    results.stages[stage] = done
     if method_named(name).settled_by == "prompt":
         most = prepared.experiment.data.stored_prompts
         write_prompts(prepared.run.prompts, {d: prompts_of(part, most) for d, part in prepared.train.items()})
@@ -200,60 +239,6 @@ def _train_method(prepared: Prepared, results: Results, experts: dict[str, Exper
     measure(prepared, model, results)
     write_json(prepared.run.results, results.as_dict(prepared.domains, name))
     results.examples = answers(prepared, model)
-
-
-def measure(prepared: Prepared, model: Any, results: Results) -> None:
-    """Measures the experiment's model: a row for each domain, or under the oracle and its own decision if it settles
-    experts by prompt."""
-    method = method_named(prepared.experiment.method)
-    name = "mixed" if method.expert_count == "one" else method.name
-    if method.settled_by != "prompt":
-        told = method.settled_by == "domain"
-        experts = [e.domain_id for examples in prepared.held.values() for e in examples] if told else None
-        scores = score_domains(model, prepared.held, pad_token_id=prepared.pad, experts=experts)
-        results.rows += rows_of(name, scores)
-        return
-    routed = measure_routed(model, prepared.held, pad_token_id=prepared.pad)
-    decision = model.peft_config[ADAPTER].decision
-    if decision not in routed.by_decision and decision != "pinned":
-        scores = score_domains(model, prepared.held, pad_token_id=prepared.pad, decision=decision)
-        routed.by_decision[decision] = scores
-    named = [("oracle", "oracle")] + ([("routed", decision)] if decision != "pinned" else [])
-    for label, which in named:
-        results.rows += rows_of(f"{name}_{label}", routed.by_decision[which])
-    results.routed = routed
-
-
-def answers(prepared: Prepared, model: Any, most_tokens: int = 40) -> list[dict[str, Any]]:
-    """Returns one answer for each domain: to the first held-out prompt that leaves room for one."""
-    room = getattr(prepared.base.config, "max_position_embeddings", None) or 1 << 30
-    how = method_named(prepared.experiment.method).settled_by
-    chosen: dict[str, Example] = {}
-    for domain, examples in prepared.held.items():
-        fitting = (e for e in examples if e.encoded.prompt_length + most_tokens <= room and e.record is not None)
-        if (example := next(fitting, None)) is not None:
-            chosen[domain] = example
-    asked = list(chosen.values())
-    written = answer(model, prepared.tokenizer, asked, settled_by=how, max_new_tokens=most_tokens)
-    return [
-        {
-            "domain": domain,
-            "prompt": example.record.prompt,
-            **(_expert_said(model, example, domain) if how == "prompt" else {}),
-            "answer": text,
-            "reference": example.record.response,
-        }
-        for (domain, example), text in zip(chosen.items(), written, strict=True)
-        if example.record is not None
-    ]
-
-
-def _expert_said(model: Any, example: Example, domain: str) -> dict[str, Any]:
-    """Returns which expert answers a prompt, and how sure its decision was."""
-    prompt = torch.tensor([example.encoded.input_ids[: example.encoded.prompt_length]], device=model.device)
-    pinned = model.peft_config[ADAPTER].decision == "pinned"
-    route = model.route(input_ids=prompt, expert=domain if pinned else None)[0]
-    return {"expert": route.expert, "probability": None if route.probability is None else round(route.probability, 4)}
 
 
 def measure_run(experiment: Experiment, run: RunFolder, console: Console) -> dict[str, Any]:

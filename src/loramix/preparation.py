@@ -14,10 +14,12 @@ from loramix.corpus import Encoded, encode_all, every_name, rooted
 from loramix.data.collation import Example
 from loramix.environment import environment
 from loramix.experiment import as_yaml
+from loramix.journal import Journal
 from loramix.methods import method_named
 from loramix.models import load_base, load_skeleton, load_tokenizer
 from loramix.run_folder import RunFolder, write_json, write_text_safely
 from loramix.settings import Experiment
+from loramix.training.keeper import Keeping
 from loramix.tuner import check_fit
 
 OVERLAP = "overlap between parts"
@@ -33,6 +35,8 @@ class Prepared:
         base, tokenizer: the frozen model.
         data: all examples.
         console: where progress is shown.
+        keeping: keeps checkpoints, if any are to be kept.
+        journal: of what is done, for runs that can go on.
     """
 
     experiment: Experiment
@@ -41,6 +45,8 @@ class Prepared:
     tokenizer: Any
     data: Encoded
     console: Console
+    keeping: Keeping | None = None
+    journal: Journal | None = None
 
     @property
     def train(self) -> dict[str, list[Example]]:

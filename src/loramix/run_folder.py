@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loramix.errors import ConfigError
+from filelock import FileLock, Timeout
+
+from loramix.errors import ConfigError, StorageError
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class RunFolder:
     model/            the method's adapter, loadable by PEFT
     prompts.jsonl     some training prompts of each domain, for experts that join later
     results.json      what was measured
+    progress.json     which parts are done, and what the run was begun as
+    checkpoints/      of the stage that trains
     abstention.json   how well prompts that no expert fits are told apart, if it was calibrated
     """
 
@@ -62,6 +66,14 @@ class RunFolder:
         return self.path / "abstention.json"
 
     @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 
@@ -83,7 +95,8 @@ class RunFolder:
         """
         if self.config.exists() or self.log.exists():
             raise ConfigError(
-                f"output_dir = {str(self.path)!r} holds a run already. Name another folder, or remove this one."
+                f"output_dir = {str(self.path)!r} holds a run already. Go on with it by --resume, name another "
+                "folder, or remove this one."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -92,10 +105,40 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes the run, and nothing else that lies in its folder."""
-        for file in (self.config, self.environment, self.log, self.data, self.prompts, self.results, self.abstention):
+        written = (self.config, self.environment, self.log, self.data, self.prompts, self.results, self.progress)
+        for file in (*written, self.abstention):
             file.unlink(missing_ok=True)
-        for folder in (self.model, self.mixed, self.path / "experts", self.path / "longer"):
+        for folder in (self.model, self.mixed, self.checkpoints, self.path / "experts", self.path / "longer"):
             shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps others from writing a run here; the lock ends with the process, however it ends.
+
+        Raises:
+            ConfigError: somebody else does.
+            StorageError: the folder cannot be made.
+        """
+        file = self.path / ".lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(file)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"{self.path}: another loramix is at work here ({file} is held). Wait for it, or name another folder."
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot be written ({error.strerror}). Name another output_dir."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+            if [one.name for one in self.path.iterdir()] == [file.name]:  # nothing was written, so nothing stays
+                file.unlink()
+                self.path.rmdir()
 
     @staticmethod
     def opened(path: str | Path) -> RunFolder:

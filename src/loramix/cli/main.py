@@ -25,7 +25,7 @@ from loramix.cli import (
     validate,
 )
 from loramix.cli.output import EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_USAGE, fail
-from loramix.errors import LoramixError
+from loramix.errors import Interrupted, LoramixError
 
 app = typer.Typer(
     name="loramix",
@@ -70,7 +70,8 @@ def options(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0 ok, 2 usage or settings, 3 data, 4 model or adapter, 5 out of memory, 130 interrupted. Any other exception is a
+    0 ok, 2 usage or settings, 3 data, 4 model or adapter, 5 out of memory, 6 diverged, 7 disk, 130 and 143 ended by
+    SIGINT and SIGTERM. Any other exception is a
     mistake of ours and keeps its traceback.
     """
     try:
@@ -78,6 +79,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except LoramixError as error:
         return fail(str(error), error.exit_code)
+    except Interrupted as ended:
+        return fail(str(ended), ended.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted.", EXIT_INTERRUPTED)
     except MemoryError:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from loramix.cli.output import print_json, print_table, progress_console, quiet_libraries, result_console
+from loramix.errors import ConfigError
 
 TITLES = {"single": "single LoRA", "single_long": "single LoRA, as long", "mixed": "mixed LoRA"}
 
@@ -30,12 +31,25 @@ def train(
             "methods show`), or routers with the experts as they are."
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in output_dir where it was ended; begin it if there is none."
+        ),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: also where settings, base or data differ from the run's.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     quiet_libraries()
     from loramix.experiment import build, load, read_yaml
     from loramix.pipeline import run_experiment
+    from loramix.resuming import Resume
     from loramix.run_folder import RunFolder
+
+    if force and not resume:
+        raise ConfigError("--force says how to go on with a run. Give it with --resume.")
 
     if config.is_dir():  # a run's folder may have moved since its settings were written
         file = RunFolder.opened(config).config
@@ -45,7 +59,7 @@ def train(
     console = progress_console()
     for echo in loaded.echoes:
         console.print(echo, highlight=False)
-    results = run_experiment(loaded.experiment, console, stage)
+    results = run_experiment(loaded.experiment, console, stage, Resume(resume, force))
     if as_json:
         print_json(results)
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -20,7 +21,7 @@ import torch
 
 from loramix.comparison.plan import Cell
 from loramix.comparison.runner import CellRunner
-from loramix.errors import ConfigError, LoramixError
+from loramix.errors import ConfigError, Interrupted, LoramixError
 
 Launcher = Literal["local", "ray"]
 
@@ -116,7 +117,10 @@ def _work(runner: CellRunner, threads: int, tasks: Any, outcomes: Any, number: i
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     while (cell := tasks.get()) is not None:
-        outcomes.put((number, attempt(runner, cell)))
+        try:
+            outcomes.put((number, attempt(runner, cell)))
+        except Interrupted as ended:  # Ctrl-C reaches all workers; each has saved what it was at
+            sys.exit(ended.exit_code)
 
 
 def _end_with_parent() -> None:

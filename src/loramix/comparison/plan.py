@@ -202,7 +202,7 @@ class _RowPlan:
             seed = experiment.seed
             content |= {"seed": seed, "method": experiment.method, "adapter": experiment.adapter.model_dump()}
             content |= {
-                "stages": [asdict(experiment.settings(s)) for s in (experiment.expert_stage, experiment.joint_stage)]
+                "stages": [experiment.settings(s).learned() for s in (experiment.expert_stage, experiment.joint_stage)]
             }
             content |= {"search": experiment.search.model_dump(), "kinds": self._kinds(experiment, domains)}
             content["learned"] = {d: digest_of_examples(self.data.train[d]) for d in domains}

@@ -28,6 +28,7 @@ from loramix.opening import ADAPTER, load_adapter, load_trained
 from loramix.preparation import Prepared
 from loramix.run_folder import RunFolder, write_json
 from loramix.settings import Experiment
+from loramix.training.keeper import Keeping
 from loramix.training.peak_memory import PeakMemory
 from loramix.tuner.assembly import Expert, take_expert
 
@@ -122,7 +123,8 @@ class CellRunner:
         run.path.mkdir(parents=True, exist_ok=True)
         silent = Console(file=io.StringIO(), force_terminal=False)
         data = self.encoded(experiment)
-        prepared = Prepared(experiment, run, self._base[1], self.tokenizer(name), data, silent)
+        keeping = Keeping(run, cell.name, resume=True)
+        prepared = Prepared(experiment, run, self._base[1], self.tokenizer(name), data, silent, keeping)
         self._base = None  # taken over by the cell's model; given back when the cell is done
         return prepared
 
@@ -143,7 +145,8 @@ class CellRunner:
         if told.is_file():
             return load_trained(prepared.base, prepared.run, method)
         shutil.rmtree(prepared.run.model, ignore_errors=True)
-        prepared.run.log.unlink(missing_ok=True)
+        if not prepared.run.checkpoints.is_dir():
+            prepared.run.log.unlink(missing_ok=True)
         peak = PeakMemory()
         model, stage = self._train(prepared, cell)
         if stage["loss"] is not None and not math.isfinite(stage["loss"]):
@@ -159,6 +162,8 @@ class CellRunner:
                 "environment": environment(),
             },
         )
+        if prepared.keeping is not None:
+            prepared.keeping.clear()
         return model
 
     def _train(self, prepared: Prepared, cell: Cell) -> tuple[Any, dict[str, Any]]:

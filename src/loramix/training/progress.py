@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,12 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, title: str, log_file: Path, console: Console) -> None:
         self.title, self.log_file, self.console = title, log_file, console
         self.trainer: MixtureTrainer | None = None
-        self.started = 0.0
         self.bar: Progress | None = None
         self.task = TaskID(0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.started = time.monotonic()
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
@@ -49,7 +46,10 @@ class TrainingProgress(TrainerCallback):
 
     def _speed(self) -> float:
         seen = self.trainer.tokens_seen if self.trainer is not None else 0
-        return seen / max(time.monotonic() - self.started, 1e-9)
+        return seen / max(self._elapsed(), 1e-9)
+
+    def _elapsed(self) -> float:
+        return self.trainer.seconds() if self.trainer is not None else 0.0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -63,7 +63,7 @@ class TrainingProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        elapsed = time.monotonic() - self.started
+        elapsed = self._elapsed()
         entry = {
             "stage": self.title,
             "step": state.global_step,
@@ -94,7 +94,7 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
-            elapsed = time.monotonic() - self.started
+            elapsed = self._elapsed()
             self.console.print(
                 f"{self.title}: {state.global_step} steps, {self._speed():.0f} tokens/s, {elapsed:.0f} s",
                 highlight=False,

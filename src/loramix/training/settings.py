@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from loramix.errors import did_you_mean
@@ -18,6 +18,8 @@ class TrainingSettings:
 
     `router_learning_rate` and `losses` (weights of auxiliary losses by name, over the method's own) are ours. The
     router is a fresh small network beside experts that start near their end, so it has a learning rate of its own.
+
+    `save_steps = 0` keeps no checkpoints but the one that an interrupt leaves.
 
     The weight of `routing_cross_entropy` is MoA's eta. Under Adam the size of a gradient does not matter, so eta does
     not change how fast the routers learn. Where routers read the running model it weighs how much the routing loss
@@ -39,7 +41,13 @@ class TrainingSettings:
     activation_checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)
     dataloader_num_workers: int = 0
     logging_steps: int = 10
+    save_steps: int = 100
+    save_total_limit: int = 2
     seed: int = 0
+
+    def learned(self) -> dict[str, Any]:
+        """Returns the settings that what is learned depends on, or its log: all but those of checkpoints."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("save_")}
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values."""
@@ -47,7 +55,8 @@ class TrainingSettings:
         for name in ("learning_rate", "router_learning_rate", "num_train_epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 found.append(f"{name} = {getattr(self, name)}: expected more than 0.")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        at_least_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit")
+        for name in at_least_1:
             if getattr(self, name) < 1:
                 found.append(f"{name} = {getattr(self, name)}: expected at least 1.")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
@@ -59,7 +68,7 @@ class TrainingSettings:
                 "activation_checkpointing_kwargs.use_reentrant = true: it cuts the routers out of the graph (their "
                 "gradient is lost without a word). Leave it out."
             )
-        for name in ("seed", "dataloader_num_workers"):
+        for name in ("seed", "dataloader_num_workers", "save_steps"):
             if getattr(self, name) < 0:
                 found.append(f"{name} = {getattr(self, name)}: expected 0 or more.")
         if self.max_steps < 1 and self.max_steps != -1:

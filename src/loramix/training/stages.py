@@ -10,10 +10,13 @@ from rich.console import Console
 from torch import nn
 from transformers import set_seed
 
+from loramix.checkpoints.store import Checkpoint
 from loramix.data.collation import Collator, Example
 from loramix.data.mixing import MixtureSampler
+from loramix.training.keeper import PutBackSums, StageKeeper
 from loramix.training.progress import TrainingProgress
 from loramix.training.settings import TrainingSettings
+from loramix.training.stopping import StopAtStepEnd
 from loramix.training.trainer import MixtureTrainer, training_arguments
 
 
@@ -31,6 +34,7 @@ def train_stage(
     console: Console,
     auxiliary: Mapping[str, float] | None = None,
     kinds: Sequence[int] | None = None,
+    keeper: StageKeeper | None = None,
 ) -> dict[str, Any]:
     """Trains a model on a mixture of domains and returns what was seen.
 
@@ -47,9 +51,17 @@ def train_stage(
         console: where progress is shown.
         auxiliary: the stage's auxiliary losses with their weights.
         kinds: the kind of each domain, for losses that tell two kinds of data apart.
+        keeper: keeps checkpoints and finds the one to go on from.
 
     Returns:
-        steps, tokens (real ones), seconds and the mean training loss.
+        steps, tokens (real ones), seconds and the mean training loss; `went_back` and `parts`, where the guard went
+        back to a checkpoint or memory ran out.
+
+    Raises:
+        Diverged: steps made no sense and going back did not help.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
+        StorageError: a checkpoint cannot be written.
+        MemoryError: not even single rows fit.
     """
     set_seed(settings.seed)
     everything = [example for domain in examples.values() for example in domain]
@@ -60,7 +72,9 @@ def train_stage(
         batch_size=settings.per_device_train_batch_size,
         seed=settings.seed,
     )
+    found = _begin(keeper, title, console)
     progress = TrainingProgress(title, log_file, console)
+    stop = StopAtStepEnd()
     trainer = MixtureTrainer(
         model,
         settings=settings,
@@ -71,18 +85,38 @@ def train_stage(
         args=training_arguments(settings, str(output_dir)),
         train_dataset=everything,
         data_collator=Collator(pad_token_id),
-        callbacks=[progress],
+        callbacks=[progress, stop],
+        keeper=keeper,
+        say=lambda line: console.print(f"{title}: {line}", highlight=False, soft_wrap=True),
     )
     progress.trainer = trainer
     trainer.pop_callback(_printer())
-    done = trainer.train()
+    with stop:
+        if found is None:
+            done = trainer.train()
+        else:
+            trainer.add_callback(PutBackSums(trainer, found.folder))
+            done = trainer.train(resume_from_checkpoint=str(found.folder))
+    stop.raise_if_stopped(title, done.global_step, trainer.state.max_steps, saved=keeper is not None)
     model.eval()
-    return {
+    seen = {
         "steps": done.global_step,
         "tokens": trainer.tokens_seen,
-        "seconds": round(done.metrics["train_runtime"], 1),
+        "seconds": round(trainer.seconds(), 1),
         "loss": done.training_loss,
     }
+    unusual = {"went_back": trainer.guard.went_back, "parts": trainer.smaller.parts}
+    return seen | {name: value for name, value in unusual.items() if value > (name == "parts")}
+
+
+def _begin(keeper: StageKeeper | None, title: str, console: Console) -> Checkpoint | None:
+    """Returns the checkpoint to go on from, if there is one, and says which were damaged."""
+    found, wrong = keeper.begin() if keeper is not None else (None, [])
+    for line in wrong:
+        console.print(f"warning: {line}; not used", highlight=False, soft_wrap=True)
+    if found is not None:
+        console.print(f"{title}: going on after step {found.step}", highlight=False)
+    return found
 
 
 def _printer() -> type:

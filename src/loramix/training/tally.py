@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +20,41 @@ class DomainTally:
         self.auxiliary: dict[str, tuple[Tensor, int]] = {}
 
     def add(self, domain_ids_B: Tensor, **values: Tensor) -> None:
-        """Adds values of the rows of a batch, each (B,), under names in FIELDS."""
+        """Adds values of the rows of a batch, each (B,), under names in FIELDS. Rows with one that is not finite are
+        left out."""
         if self.sums is None:
             self.sums = torch.zeros(len(self.domains), len(FIELDS), device=domain_ids_B.device)
         columns = [
             values[f].detach().float() if f in values else torch.zeros_like(domain_ids_B).float() for f in FIELDS
         ]
-        self.sums.index_add_(0, domain_ids_B, torch.stack(columns, dim=1))
+        values_BF = torch.stack(columns, dim=1)
+        finite_B = torch.isfinite(values_BF).all(dim=1, keepdim=True)
+        self.sums.index_add_(0, domain_ids_B, torch.where(finite_B, values_BF, 0.0))
 
     def add_auxiliary(self, name: str, value: Tensor) -> None:
         """Adds the value of an auxiliary loss in one micro-batch, before its weight."""
         total, count = self.auxiliary.get(name, (torch.zeros_like(value.detach()), 0))
-        self.auxiliary[name] = (total + value.detach(), count + 1)
+        self.auxiliary[name] = (total + value.detach().nan_to_num(0.0, 0.0, 0.0), count + 1)
+
+    def state(self) -> dict[str, Any]:
+        """Returns the sums as JSON."""
+        return {
+            "sums": None if self.sums is None else self.sums.tolist(),
+            "auxiliary": {name: [float(total), count] for name, (total, count) in self.auxiliary.items()},
+        }
+
+    def set_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Puts back what `state` returned."""
+        self.sums = None if state["sums"] is None else torch.tensor(state["sums"], device=device)
+        self.auxiliary = {
+            name: (torch.tensor(total, device=device), count) for name, (total, count) in state["auxiliary"].items()
+        }
+
+    def copy(self) -> DomainTally:
+        """Returns a tally with the same sums."""
+        twin = DomainTally(self.domains)
+        twin.sums, twin.auxiliary = None if self.sums is None else self.sums.clone(), dict(self.auxiliary)
+        return twin
 
     def drain(self) -> dict[str, float]:
         """Returns loss/<domain>, router_accuracy/<domain> and auxiliary/<loss> since the last time, and starts anew.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +12,15 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
-from loramix.errors import ConfigError
+from loramix.errors import ConfigError, Diverged
 from loramix.labels import IGNORED
 from loramix.losses import AUXILIARY, Seen, layer_correct, next_token_nll
 from loramix.models.head import head_can_choose, logits_at
+from loramix.training.collapse import CollapseWatch
+from loramix.training.guard import PATIENCE, StepGuard
+from loramix.training.keeper import StageKeeper, load_optimizer, load_weights, process_state, restore_random
 from loramix.training.settings import TrainingSettings
+from loramix.training.smaller_batches import SmallerBatches
 from loramix.training.tally import DomainTally
 from loramix.tuner import LoramixConfig
 from loramix.tuner.guide import ForwardGuide
@@ -23,7 +29,7 @@ from loramix.tuner.guide import ForwardGuide
 def training_arguments(
     settings: TrainingSettings, output_dir: str, optim: str = "adamw_torch_fused"
 ) -> TrainingArguments:
-    """Returns transformers' arguments for our settings; saving and reporting are ours, so theirs are off."""
+    """Returns transformers' arguments for our settings; reporting is ours, so theirs is off."""
     arguments = TrainingArguments(
         output_dir=output_dir,
         num_train_epochs=settings.num_train_epochs,
@@ -42,7 +48,8 @@ def training_arguments(
         logging_nan_inf_filter=False,
         seed=settings.seed,
         optim=optim,
-        save_strategy="no",
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -69,6 +76,8 @@ class MixtureTrainer(Trainer):
         sampler: order of the examples, or None for transformers' own.
         auxiliary: auxiliary losses by name with their weights; a weight of 0 leaves a loss out.
         kinds: for losses that tell two kinds of data apart, the kind of each domain, 0 or 1.
+        keeper: keeps checkpoints, if any are to be kept.
+        say: shows a line to whoever watches.
         **kwargs: for `transformers.Trainer` (args, train_dataset, data_collator, callbacks, ...).
     """
 
@@ -81,6 +90,8 @@ class MixtureTrainer(Trainer):
         sampler: Sampler[int] | None = None,
         auxiliary: Mapping[str, float] | None = None,
         kinds: Sequence[int] | None = None,
+        keeper: StageKeeper | None = None,
+        say: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("eval_dataset") is not None:
@@ -98,6 +109,13 @@ class MixtureTrainer(Trainer):
         self._told = any(isinstance(config, LoramixConfig) for config in adapters.values())
         self.tally = DomainTally(domains)
         self._tokens_seen = torch.zeros((), dtype=torch.float64)
+        self.keeper = keeper
+        self.guard = StepGuard(inside.config.get_text_config().vocab_size)
+        self.smaller, self.watch = SmallerBatches(), CollapseWatch()
+        self.say = say
+        self.seconds_before, self._began = 0.0, time.monotonic()
+        self._tally_before = self.tally.copy()
+        self._step_nll: Tensor = torch.zeros(())
         self.loss_is_scaled_for_ga = True
         """Read by Trainer: our loss is divided by the whole step's counts already."""
         self._step_tokens = self._step_rows = self._step_real = torch.ones(())
@@ -107,6 +125,10 @@ class MixtureTrainer(Trainer):
     def tokens_seen(self) -> int:
         """Real tokens trained on so far by this process; reading it waits for the device."""
         return int(self._tokens_seen)
+
+    def seconds(self) -> float:
+        """Returns how long the stage has trained, what came before a resumption included."""
+        return self.seconds_before + time.monotonic() - self._began
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
@@ -131,6 +153,9 @@ class MixtureTrainer(Trainer):
         """Collects the micro-batches of a step and counts, over all of them and all processes, what the losses are
         divided by."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.smaller.begin_step(batches)
+        self._tally_before = self.tally.copy()
+        self._step_nll = torch.zeros((), device=device)
         rows = sum(len(batch["labels"]) for batch in batches)
         supervised = [(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]
         real = [batch["attention_mask"].sum() for batch in batches]
@@ -157,9 +182,13 @@ class MixtureTrainer(Trainer):
         nll_BP, supervised_BP = next_token_nll(logits_BPV, labels_BT, positions_P)
         domain_ids_B = inputs["domain_ids"]
         self.tally.add(domain_ids_B, nll=nll_BP.sum(dim=1), tokens=supervised_BP.sum(dim=1))
+        self._step_nll = self._step_nll + nll_BP.detach().sum()
         loss = nll_BP.sum() / self._step_tokens
         if self.auxiliary:
             loss = loss + self._auxiliary_loss(model, inputs)
+        if self._told and (self.state.global_step + 1) % self.args.logging_steps == 0:
+            routed: Any = self.accelerator.unwrap_model(model)
+            self.watch.look(routed.routings, domain_ids_B, len(self.tally.domains))
         # Data parallelism averages gradients over processes; the counts above are over all of them.
         loss = loss * self.accelerator.num_processes
         return (loss, {"logits": logits_BPV}) if return_outputs else loss
@@ -186,5 +215,77 @@ class MixtureTrainer(Trainer):
             self.tally.add(domain_ids_B, correct=correct_LB.sum(dim=0), decided=decided_B)
         return total
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Learns a micro-batch; where memory runs out, its step again in smaller parts (not where other processes would
+        have to do the same)."""
+
+        def learn(part: dict[str, Tensor]) -> Tensor:
+            return super(MixtureTrainer, self).training_step(model, part, num_items_in_batch)
+
+        loss = learn(inputs) if self.accelerator.num_processes > 1 else self.smaller.learn(inputs, learn, self._undo)
+        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
+
+    def _undo(self) -> None:
+        """Takes back what the step has left so far."""
+        self.model.zero_grad()
+        self.tally, self._step_nll = self._tally_before.copy(), torch.zeros_like(self._step_nll)
+        self.say(f"out of memory: micro-batches are learned in {self.smaller.parts} parts from now on")
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Returns the gradient's norm; None for a step that makes no sense, whose gradients are then gone, so that the
+        optimizer does nothing."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        nll = self.accelerator.reduce(self._step_nll, reduction="sum") / self._step_tokens
+        why = self.guard.judge(float(nll), float(norm))
+        if why is None:
+            return norm
+        model.zero_grad()
+        self.say(f"step {self.state.global_step + 1} is left out: {why}")
+        if self.guard.out_of_patience:
+            self._go_back(why)
+        return None
+
+    def _go_back(self, why: str) -> None:
+        """Puts the last checkpoint's weights back, once; data and schedule go on.
+
+        Raises:
+            Diverged: there is none, or it did not help.
+        """
+        step = self.state.global_step + 1
+        found = self.keeper.go_back(self) if self.keeper is not None and not self.guard.went_back else None
+        if found is None:
+            known = self.keeper.store.folder if self.keeper is not None and self.guard.went_back else None
+            rest = f" The last checkpoint is in {known}: --resume --force with other settings goes on from it." * bool(
+                known
+            )
+            raise Diverged(
+                f"the training diverged: {PATIENCE} steps in a row made no sense, the last of them step {step} ({why})"
+                f"{', also after going back to a checkpoint' * bool(self.guard.went_back)}. Lower learning_rate (now "
+                f"{self.settings.learning_rate:g}; routers {self.settings.router_learning_rate:g}) or look at the data "
+                f"of these steps.{rest}"
+            )
+        self.guard.back()
+        self.say(f"step {step}: went back to the weights after step {found.step}")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.keeper is not None:
+            self.keeper.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self, Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: 16 bits are bfloat16."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random(process_state(self, Path(checkpoint)))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log({**logs, **self.tally.drain()}, start_time)
+        super().log({**logs, **self.tally.drain(), **self.watch.numbers()}, start_time)
+        if (warning := self.watch.verdict()) is not None:
+            self.say(warning)

@@ -1,0 +1,1 @@
+"""What `make torture` does to a run: kill it anywhere, flip its bits, fill its disk. Seeds are fixed."""
