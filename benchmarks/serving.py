@@ -7,11 +7,10 @@ are of all domains, against other ways to serve the same experts.
 Sides: `routed` and `pinned` (loramix, engine transformers: the mixture, and every request pinned to its domain's
 expert), `routed-early` (loramix, routed by the earliest layer as good as the best), `adapter-names` (transformers'
 generate on stock PEFT LoRAs, a batch at a time, each row's adapter named by hand), `transformers-serve` (one expert),
-`transformers-batching` (the same with its continuous batching, which takes most of the memory), `vllm` (loramix, engine
-vllm) and `vllm-by-hand` (vLLM alone, each request's adapter named by hand). Each prompt has an answer of its own
-length, drawn between the two of --tokens, the same for every side: the end token is forbidden by logit_bias, or by
-min_new_tokens, and a batch of generate runs until its longest answer is done. Every side is up before the first is
-measured, and all are asked in turn in each round, so that what else the machine does meets all alike.
+`vllm` (loramix, engine vllm) and `vllm-by-hand` (vLLM alone, each request's adapter named by hand). Each prompt has an
+answer of its own length, drawn between the two of --tokens, the same for every side: the end token is forbidden by
+logit_bias, or by min_new_tokens, and a batch of generate runs until its longest answer is done. Every side is up before
+the first is measured, and all are asked in turn in each round, so that what else the machine does meets all alike.
 Ratios are of medians.
 """
 
@@ -199,8 +198,8 @@ def start(name: str, args: argparse.Namespace, scratch: Path, stack: contextlib.
     manifest["base"] = load(run / "config.yaml", with_data=False).experiment.model_name_or_path
     if name == "adapter-names":
         return _adapter_names(manifest, export)
-    if name in ("transformers-serve", "transformers-batching"):
-        return _transformers_serve(manifest, export, scratch / name, stack, run)
+    if name == "transformers-serve":
+        return _transformers_serve(manifest, export, scratch, stack, run)
     if name == "vllm-by-hand":
         return _vllm_by_hand(manifest, export, args, scratch, stack)
     raise SystemExit(f"--sides {name}: no such side.")
@@ -301,17 +300,16 @@ def _transformers_serve(
     """transformers' own server: it takes a folder with a base and one adapter, so one expert answers all."""
     from loramix.models.base import base_folder
 
-    folder, port, batching = scratch / "served", _free_port(), scratch.name == "transformers-batching"
+    folder, port = scratch / "served", _free_port()
     shutil.copytree(base_folder(manifest["base"]), folder)
     for file in (export / manifest["experts"][0]).iterdir():
         shutil.copy(file, folder / file.name)
     command = [
         str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--port", str(port),
-        "--dtype", "float32", "--host", "127.0.0.1", *["--continuous-batching"] * batching,
+        "--dtype", "float32", "--host", "127.0.0.1",
     ]  # fmt: skip
     stack.enter_context(_server(command, port, scratch / "transformers.log"))
-    # Its batching answers nothing when tokens are biased: there, an answer may end before its length.
-    return _openai(f"http://127.0.0.1:{port}/v1", lambda ask: str(folder), end=[] if batching else _end(run))
+    return _openai(f"http://127.0.0.1:{port}/v1", lambda ask: str(folder), end=_end(run))
 
 
 def _vllm_by_hand(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loramix.errors import ConfigError, ModelError
 from loramix.serving.ask import Ask, EngineError
@@ -20,6 +21,7 @@ from loramix.serving.vllm_engine import VllmEngine
 from loramix.serving.vllm_process import VllmOptions, VllmProcess
 from tests import serving_case, tiny
 from tests.serving_case import GREEDY, ask_for, served
+from tests.test_abstention import calibrated
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 
@@ -145,3 +147,11 @@ def test_layers_that_no_router_needs_are_dropped_and_the_routing_stays():
     assert len({one.routed.expert for one in whole.settle(prompts)}) > 1
     with pytest.raises(ConfigError, match="read the running model"):
         keep_first_layers(serving_case.mixture(router={"reads": "experts"}), "layer:1")
+
+
+def test_layers_that_the_calibration_reads_stay():
+    model, _ = calibrated()
+    assert model.peft_config["default"].abstention["layer"] == "layers.2"
+    assert keep_first_layers(model, "layer:0") == 3
+    ids = torch.tensor([[5, 6, 7]])
+    assert model.route(input_ids=ids, decision="layer:0")[0].score is not None

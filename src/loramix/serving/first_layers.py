@@ -10,6 +10,8 @@ from torch import nn
 
 from loramix.errors import ConfigError
 from loramix.models.targets import layer_of
+from loramix.tuner.abstaining import calibration_of
+from loramix.tuner.decisions import last_scope_needed
 from loramix.tuner.model import LoramixModel
 
 WITHIN = 0.001
@@ -32,7 +34,8 @@ def earliest_layer(accuracy: Mapping[str, float]) -> str | None:
 
 
 def keep_first_layers(model: Any, decision: str) -> int:
-    """Drops the layers that a decision never reads, so that their weights take no memory; returns how many stay.
+    """Drops the layers that neither a decision nor the calibration reads, so that their weights take no memory; returns
+    how many stay.
 
     Args:
         model: a mixture whose routers read the base.
@@ -48,7 +51,10 @@ def keep_first_layers(model: Any, decision: str) -> int:
             "the routers of this run read the running model, layer by layer with the experts in it; in front of vLLM "
             "only the base reads the prompt. Train with router.reads = base, or use --engine transformers."
         )
-    last = int(decision.removeprefix("layer:"))
+    needed = last_scope_needed(decision, mixture.scopes)
+    if (calibrated := calibration_of(mixture, None)) is not None:  # it may read on, to tell what fits no expert
+        needed = max(needed, calibrated.layer, key=mixture.scopes.index)
+    last = int(needed.rpartition(".")[2])
     dropped = [
         (stack, place)
         for name, stack in tuner.model.named_modules()
