@@ -19,13 +19,13 @@ from loramix.checkpoints.random_state import random_state, set_random_state
 from loramix.checkpoints.store import CheckpointStore
 from loramix.errors import StorageError
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS, STATE = "weights.safetensors", "processes.json"  # as a real one names them: make torture damages those
 ABOUT = {"run": "of this test", "log_bytes": 0}
 
 
 def _fill(folder: Path) -> None:
     save_file({"weight": torch.randn(20, 3)}, folder / WEIGHTS)
-    (folder / "state.json").write_text(json.dumps({"step": 3, "text": "ä"}), encoding="utf-8")
+    (folder / STATE).write_text(json.dumps({"step": 3, "text": "ä"}), encoding="utf-8")
 
 
 def _store(folder: Path, steps: int = 2) -> CheckpointStore:
@@ -68,8 +68,8 @@ def _replaced(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 def _linked(folder: Path) -> None:
-    shutil.move(folder / "state.json", folder.parent.parent / "elsewhere.json")
-    (folder / "state.json").symlink_to(folder.parent.parent / "elsewhere.json")
+    shutil.move(folder / STATE, folder.parent.parent / "elsewhere.json")
+    (folder / STATE).symlink_to(folder.parent.parent / "elsewhere.json")
 
 
 def _folder_linked(folder: Path) -> None:
@@ -77,13 +77,18 @@ def _folder_linked(folder: Path) -> None:
     folder.symlink_to(folder.parent.parent / "elsewhere")
 
 
+def _before(folder: Path) -> Path:
+    return min(folder.parent.glob("step-*"))
+
+
 def _from_before(folder: Path) -> None:
-    shutil.copy(folder.parent / "step-00000010" / WEIGHTS, folder / WEIGHTS)
+    shutil.copy(_before(folder) / WEIGHTS, folder / WEIGHTS)
 
 
 def _whole_from_before(folder: Path) -> None:
+    before = _before(folder)
     shutil.rmtree(folder)
-    shutil.copytree(folder.parent / "step-00000010", folder)
+    shutil.copytree(before, folder)
 
 
 def _schema(folder: Path) -> None:
@@ -100,11 +105,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "edited manifest": _schema,
     "huge manifest": _replaced(MANIFEST, b" " * (2 << 20)),
     "nested manifest": _replaced(MANIFEST, b"[" * 200_000),
-    "missing file": lambda folder: (folder / "state.json").unlink(),
-    "empty file": _replaced("state.json", b""),
+    "missing file": lambda folder: (folder / STATE).unlink(),
+    "empty file": _replaced(STATE, b""),
     "truncated file": lambda folder: os.truncate(folder / WEIGHTS, 50),
     "longer file": lambda folder: _replaced(WEIGHTS, (folder / WEIGHTS).read_bytes() + b"\0")(folder),
-    "other content": _replaced("state.json", b'{"step": 4, "text": "o"}'),
+    "other content": _replaced(STATE, b'{"step": 4, "text": "o"}'),
     "one file more": _replaced("more.json", b"{}"),
     "a folder inside": lambda folder: (folder / "inside").mkdir(),
     "file of another checkpoint": _from_before,
@@ -123,6 +128,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(kind: str, tmp_path: P
     assert step == 10
     assert len(wrong) == 1
     assert "step-00000011" in wrong[0]
+    store.write(11, ABOUT, _fill)
+    assert _newest(store) == (11, []), "the training came by again"
     assert "\n" not in wrong[0]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loramix import pipeline
 from loramix.errors import ConfigError
 from loramix.methods import METHODS
 from tests import ended
@@ -32,6 +33,15 @@ def test_every_method_goes_on_as_if_nothing_had_happened(method: str, place: Pat
     ended.train(content, broken, resume=True)
     assert ended.left_by(broken) == ended.left_by(whole)
     assert "going on after step" in broken.with_suffix(".screen").read_text()
+
+
+def test_a_stage_that_ended_before_it_was_saved_takes_no_step_more(place: Path):
+    content = ended.settings(place, "lora", save_steps=1)
+    ended.train(content, place / "last-whole")
+    with pytest.raises(ended.Killed), ended.calls(pipeline, "save", ended.killed_at(1)):
+        ended.train(content, place / "last")
+    ended.train(content, place / "last", resume=True)
+    assert ended.left_by(place / "last") == ended.left_by(place / "last-whole")
 
 
 def test_a_finished_run_is_finished(place: Path):

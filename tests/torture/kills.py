@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 from loramix.checkpoints import store
 from loramix.cli.output import quiet_libraries
 from tests import ended
+from tests.torture.forks import fork
 
 TOUCHES = ((os, "fsync"), (os, "open"), (Path, "mkdir"), (Path, "rename"), (Path, "write_bytes"), (Path, "write_text"))
 """Calls while a checkpoint is written; before each, a victim may end."""
@@ -55,7 +55,7 @@ def torture(place: Path, kills: int, inside: int, method: str, seed: int) -> dic
     content = ended.settings(place, method, save_steps=1)
     content["controls"] = []
     started = time.monotonic()
-    code = _fork(lambda: ended.train(content, place / "whole"))[1]()
+    code = fork(lambda: ended.train(content, place / "whole"))[1]()
     seconds = time.monotonic() - started
     assert code == 0, "the uninterrupted run failed"
     expected = ended.left_by(place / "whole")
@@ -74,7 +74,7 @@ def torture(place: Path, kills: int, inside: int, method: str, seed: int) -> dic
             victim: Callable[[], object] = lambda f=folder: ended.train(content, f, resume=True)  # noqa: E731
             if where == "inside" and not last:
                 victim = lambda f=folder, n=number: _ends_itself(content, f, n)  # noqa: E731
-            process, wait = _fork(victim)
+            process, wait = fork(victim)
             if where == "outside" and not last:
                 time.sleep(draw.uniform(0.05, 0.9 * seconds))
                 os.kill(process, signal.SIGKILL)
@@ -84,7 +84,11 @@ def torture(place: Path, kills: int, inside: int, method: str, seed: int) -> dic
                 continue
             failed += code != 0
             break
-        equal += code == 0 and ended.left_by(folder) == expected
+        left = ended.left_by(folder) if code == 0 else {}
+        equal += left == expected
+        for name in sorted(expected.keys() | left.keys()):
+            if left.get(name) != expected.get(name):
+                print(f"{folder.name}: {name} is not what it would have been", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         print(f"{sum(done.values())} kills, {runs} runs, {equal} equal", file=sys.stderr, flush=True)
     return {"kills": sum(done.values()), **done, "runs": runs, "equal": equal, "failed": failed, "method": method}
@@ -98,7 +102,7 @@ def _touches(content: dict[str, Any], place: Path) -> int:
         with _Watched(lambda number: told.write_bytes(str(number).encode())):
             ended.train(content, place / "counted")
 
-    assert _fork(count)[1]() == 0
+    assert fork(count)[1]() == 0
     return int(told.read_text())
 
 
@@ -145,25 +149,6 @@ class _Watched:
             return true(*args, **kwargs)
 
         return call
-
-
-def _fork(work: Callable[[], object]) -> tuple[int, Callable[[], int]]:
-    """Does something in a fork; returns its number, and what waits for it and returns its exit code, negative for a
-    signal."""
-    sys.stdout.flush()
-    process = os.fork()
-    if process == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-
-    def wait() -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-    return process, wait
 
 
 if __name__ == "__main__":

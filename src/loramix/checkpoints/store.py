@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +67,8 @@ class CheckpointStore:
             fill(making)
             seal(making, {**about, "step": step})
             done = self.folder / _name(step)
-            if done.exists():  # one that was damaged: the training came by again
-                shutil.rmtree(done)
+            if os.path.lexists(done):  # one that was damaged: the training came by again
+                _remove(done)
             making.rename(done)
             flush(self.folder)
         except OSError as error:
@@ -76,7 +78,8 @@ class CheckpointStore:
                 "ones are as they were. Make room or mend the folder, then go on with --resume."
             ) from error
         for old in self._steps()[: -self.keep]:
-            shutil.rmtree(self.folder / _name(old), ignore_errors=True)
+            with suppress(OSError):
+                _remove(self.folder / _name(old))
         return done
 
     def newest(self, fits: Callable[[Mapping[str, Any]], str | None]) -> tuple[Checkpoint | None, list[str]]:
@@ -113,16 +116,24 @@ class CheckpointStore:
         """Removes what writers left that were killed."""
         for one in self.folder.iterdir():
             if one.name.endswith(_MAKING):
-                shutil.rmtree(one)
+                _remove(one)
 
     def _check_room(self) -> None:
         steps = self._steps()
         if not steps:
             return
-        last = sum(file.stat().st_size for file in (self.folder / _name(steps[-1])).iterdir())
+        last = sum(file.stat().st_size for file in (self.folder / _name(steps[-1])).glob("*"))
         free = shutil.disk_usage(self.folder).free
         if free < SPARE * last:
             raise OSError(f"{free / 1e6:.0f} MB are free, and {SPARE * last / 1e6:.0f} MB are wanted")
+
+
+def _remove(path: Path) -> None:
+    """Removes what lies at a checkpoint's place, whatever it is; of a link, not what it leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _name(step: int) -> str:

@@ -96,11 +96,14 @@ class StageKeeper:
         return found, wrong
 
     def save(self, trainer: MixtureTrainer) -> None:
-        """Writes a checkpoint of a trainer that stands between two steps, unless a weight is not finite.
+        """Writes a checkpoint of a trainer that stands between two steps, unless a weight is not finite. There is none
+        behind the last step: transformers' loop, put there, would take one more; and the model is saved next.
 
         Raises:
             StorageError: it cannot be written.
         """
+        if trainer.state.global_step >= trainer.state.max_steps:
+            return
         trainer.store_flos()
         processes = gathered(trainer, json.dumps(_process_state(trainer), allow_nan=False))
         weights = trained_weights(trainer.model)

@@ -286,6 +286,7 @@ class MixtureTrainer(Trainer):
             restore_random(process_state(self, Path(checkpoint)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log({**logs, **self.tally.drain(), **self.watch.numbers()}, start_time)
+        routers = self.watch.numbers() if "loss" in logs else {}  # the last entry sums the stage up
+        super().log({**logs, **self.tally.drain(), **routers}, start_time)
         if (warning := self.watch.verdict()) is not None:
             self.say(warning)
