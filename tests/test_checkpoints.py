@@ -30,6 +30,7 @@ def _fill(folder: Path) -> None:
 
 def _store(folder: Path, steps: int = 2) -> CheckpointStore:
     store = CheckpointStore(folder / "checkpoints")
+    store.begin()
     for step in range(10, 10 + steps):
         store.write(step, ABOUT, _fill)
     return store

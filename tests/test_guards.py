@@ -56,7 +56,8 @@ def test_patience_ends_after_some_in_a_row():
     assert not guard.out_of_patience
 
 
-def _finite_on_disk(folder: Path) -> None:
+def finite_on_disk(folder: Path) -> None:
+    """Fails if a file of a run holds a number that is not finite."""
     for file in folder.rglob("*"):
         if file.suffix == ".safetensors":
             assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(file).values()), file
@@ -64,11 +65,11 @@ def _finite_on_disk(folder: Path) -> None:
             assert not {"NaN", "Infinity"} & set(file.read_text().replace(",", " ").replace("}", " ").split()), file
 
 
-def _spoil(what: str, value: float, at: Callable[[int], bool]) -> Callable[[Any], Any]:
+def spoiled(what: str, value: float, at: Callable[[int], bool]) -> Callable[[Any], Any]:
     """Returns a compute_loss whose loss, gradient or weights are not finite in some steps."""
     true = MixtureTrainer.compute_loss
 
-    def spoiled(self: MixtureTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def loss_of(self: MixtureTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         step = self.state.global_step + 1
         loss = true(self, model, inputs, *args, **kwargs)
         if not at(step):
@@ -83,41 +84,52 @@ def _spoil(what: str, value: float, at: Callable[[int], bool]) -> Callable[[Any]
             weight[...] = value
         return true(self, model, inputs, *args, **kwargs)
 
-    return spoiled
+    return loss_of
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_one_bad_step_is_left_out(what: str, place: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(MixtureTrainer, "compute_loss", _spoil(what, math.nan, lambda step: step == 3))
+    monkeypatch.setattr(MixtureTrainer, "compute_loss", spoiled(what, math.nan, lambda step: step == 3))
     folder = place / f"one-{what}"
     results = ended.train(ended.settings(place, "lora"), folder)
     assert results["stages"]["mixed"]["steps"] == 5
     assert math.isfinite(results["stages"]["mixed"]["loss"])
     assert "step 3 is left out" in folder.with_suffix(".screen").read_text()
-    _finite_on_disk(folder)
+    finite_on_disk(folder)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_broken_weights_are_put_back(value: float, place: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(MixtureTrainer, "compute_loss", _spoil("weights", value, lambda step: step == 6))
+    monkeypatch.setattr(MixtureTrainer, "compute_loss", spoiled("weights", value, lambda step: step == 6))
     folder = place / f"back-{value}"
     results = ended.train(ended.settings(place, "lora", max_steps=12), folder)
     assert results["stages"]["mixed"]["went_back"] == 1
-    assert "step 8: went back to the weights after step 4" in folder.with_suffix(".screen").read_text()
-    _finite_on_disk(folder)
+    assert "went back to the weights after step 4" in folder.with_suffix(".screen").read_text()
+    finite_on_disk(folder)
+
+
+def test_a_stage_whose_last_steps_made_no_sense_ends_with_the_weights_before(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(MixtureTrainer, "compute_loss", spoiled("weights", math.nan, lambda step: step == 5))
+    folder = place / "end"
+    assert ended.train(ended.settings(place, "lora"), folder)["stages"]["mixed"]["went_back"] == 1
+    finite_on_disk(folder)
+    with pytest.raises(Diverged, match="the last 1 of the stage"):
+        ended.train(ended.settings(place, "lora", save_steps=0), place / "end-without")
 
 
 @pytest.mark.parametrize(
     ("what", "value"), [("loss", math.nan), ("loss", math.inf), ("gradient", math.nan), ("weights", math.nan)]
 )
 def test_a_training_that_stays_broken_ends(what: str, value: float, place: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(MixtureTrainer, "compute_loss", _spoil(what, value, lambda step: step >= 5))
+    monkeypatch.setattr(MixtureTrainer, "compute_loss", spoiled(what, value, lambda step: step >= 5))
     folder = place / f"ends-{what}-{value}"
     with pytest.raises(Diverged, match=r"3 steps in a row made no sense.*Lower learning_rate") as ending:
         ended.train(ended.settings(place, "lora", max_steps=20), folder)
     assert ending.value.exit_code == 6
     assert "the last of them step 10" in str(ending.value), "went back after 7, gave up 3 steps later"
-    _finite_on_disk(folder)
+    finite_on_disk(folder)
     monkeypatch.undo()
     results = ended.train(ended.settings(place, "lora", max_steps=20), folder, resume=True)
     assert results["stages"]["mixed"]["steps"] == 20
@@ -130,7 +142,7 @@ def test_a_learning_rate_a_thousand_times_too_high_ends(place: Path):
     )
     with pytest.raises(Diverged, match="learning_rate"):
         ended.train(content, folder)
-    _finite_on_disk(folder)
+    finite_on_disk(folder)
 
 
 def test_rows_in_parts_are_all_rows():

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loramix.errors import StorageError
 from loramix.run_folder import write_json
 
 
@@ -24,7 +25,7 @@ class Journal:
         self._file = file
         nothing = {"run": digest(identity), "finished": False, "log_bytes": 0, "trained": {}, "measured": {}}
         self._content: dict[str, Any] = {**nothing, **(done or {}), "identity": dict(identity)}
-        self._write()
+        write_json(self._file, self._content)
 
     @property
     def run(self) -> str:
@@ -73,6 +74,8 @@ class Journal:
         self._write()
 
     def _write(self) -> None:
+        if not self._file.exists():
+            raise StorageError(f"{self._file} is gone: somebody removed the run while it was at work.")
         write_json(self._file, self._content)
 
 

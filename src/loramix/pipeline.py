@@ -33,7 +33,7 @@ from loramix.preparation import Prepared, prepare, record
 from loramix.prompt_store import prompts_of, write_prompts
 from loramix.results import Results, answers, measure
 from loramix.resuming import Resume, begin
-from loramix.run_folder import RunFolder, write_json
+from loramix.run_folder import RunFolder, disk_told, write_json
 from loramix.settings import Experiment
 from loramix.training.keeper import Keeping
 from loramix.training.settings import TrainingSettings
@@ -60,7 +60,8 @@ def run_experiment(
     started = time.monotonic()
     _check_stage(experiment.method, stage)
     resume = resume or Resume()
-    with RunFolder(Path(experiment.output_dir)).locked():
+    run = RunFolder(Path(experiment.output_dir))
+    with run.locked(), disk_told(run.path):
         if stage not in (None, "experts"):
             return _go_on(experiment, console, str(stage), started, resume)
         prepared = begin(experiment, console, resume)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from loramix.errors import ConfigError, StorageError
 
@@ -153,6 +154,30 @@ class RunFolder:
                 f"{path}: no run here (config.yaml is missing). Expected the output_dir of `loramix train`."
             )
         return run
+
+
+@contextmanager
+def disk_told(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses inside into an error that says so. What is read was checked before.
+
+    Args:
+        path: where the work is.
+
+    Raises:
+        StorageError: full, read-only, gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise StorageError(
+            f"{where}: {error.strerror or error}. What was written before is as it was; mend the disk, then go on with "
+            "--resume."
+        ) from error
+    except SafetensorError as error:
+        if "os error" not in str(error):
+            raise
+        raise StorageError(f"{path}: {error}. Make room or mend the disk, then go on with --resume.") from error
 
 
 def write_json(path: Path, content: Any) -> None:

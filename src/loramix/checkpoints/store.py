@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from loramix.checkpoints.manifest import Damaged, flush, seal, verified
 from loramix.errors import StorageError
 
@@ -39,12 +41,16 @@ class CheckpointStore:
     """A folder of checkpoints, one writer at a time (the run's lock sees to it).
 
     Args:
-        folder: is made when the first is written.
+        folder: is made by `begin`, and not again: if it is gone, somebody has removed the run.
         keep: how many stay; the older are removed after a newer is whole.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
+
+    def begin(self) -> None:
+        """Makes the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, about: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
         """Writes a checkpoint: into a folder of another name, to disk, its manifest last, then renamed; then old ones
@@ -60,7 +66,6 @@ class CheckpointStore:
         """
         making = self.folder / f"{_name(step)}{_MAKING}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
             self._check_room()
             making.mkdir(mode=0o700)
@@ -71,10 +76,11 @@ class CheckpointStore:
                 _remove(done)
             making.rename(done)
             flush(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(making, ignore_errors=True)
+            why = getattr(error, "strerror", None) or error
             raise StorageError(
-                f"{self.folder}: no checkpoint can be written after step {step} ({error.strerror or error}). Earlier "
+                f"{self.folder}: no checkpoint can be written after step {step} ({why}). Earlier "
                 "ones are as they were. Make room or mend the folder, then go on with --resume."
             ) from error
         for old in self._steps()[: -self.keep]:

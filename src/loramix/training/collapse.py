@@ -86,7 +86,7 @@ def _load(routing: Routing) -> Tensor | None:
             return None
         scored = routing.probabilities if routing.probabilities is not None else routing.logits
         given_SE = routing.gates(scored.shape[1] if scored is not None else routing.weights.shape[1])
-    load_E = (given_SE.detach().float() * routing.mask[:, None]).sum(dim=0)
+    load_E = torch.where(routing.mask[:, None], given_SE.detach().float(), 0.0).nan_to_num(0.0, 0.0, 0.0).sum(dim=0)
     return load_E / load_E.sum().clamp(min=1e-9)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from pathlib import Path
 from statistics import median
 from typing import Any
+
+from loramix.errors import Diverged
 
 PATIENCE = 3
 """Steps in a row that may be left out before the training goes back to its last checkpoint, and after that, ends."""
@@ -71,3 +74,20 @@ class StepGuard:
         """Puts back what `state` returned."""
         self._recent.extend(state["recent"])
         self.left_out, self.went_back = state["left_out"], state["went_back"]
+
+
+def divergence(guard: StepGuard, which: str, rates: tuple[float, float], folder: Path | None) -> Diverged:
+    """Returns what is said when nothing helps.
+
+    Args:
+        guard: its count of steps left out.
+        which: these steps are.
+        rates: learning rates, of experts and routers.
+        folder: with a checkpoint to go on from under other settings, if there is one.
+    """
+    also = ", also after going back to a checkpoint" * bool(guard.went_back)
+    rest = f" --resume --force with other settings goes on from the last checkpoint in {folder}." if folder else ""
+    return Diverged(
+        f"the training diverged: {guard.left_out} steps in a row made no sense, {which}{also}. Lower learning_rate "
+        f"(now {rates[0]:g}; routers {rates[1]:g}) or look at the data of these steps.{rest}"
+    )

@@ -93,6 +93,7 @@ class StageKeeper:
         keep = self.log_bytes if found is None else found.about["log_bytes"]
         if self.resume and self.log_file.is_file() and self.log_file.stat().st_size > keep:
             os.truncate(self.log_file, keep)
+        self.store.begin()
         return found, wrong
 
     def save(self, trainer: MixtureTrainer) -> None:

@@ -91,13 +91,12 @@ def train_stage(
     )
     progress.trainer = trainer
     trainer.pop_callback(_printer())
+    if found is not None:
+        trainer.add_callback(PutBackSums(trainer, found.folder))
     with stop:
-        if found is None:
-            done = trainer.train()
-        else:
-            trainer.add_callback(PutBackSums(trainer, found.folder))
-            done = trainer.train(resume_from_checkpoint=str(found.folder))
+        done = trainer.train(resume_from_checkpoint=str(found.folder) if found is not None else None)
     stop.raise_if_stopped(title, done.global_step, trainer.state.max_steps, saved=keeper is not None)
+    trainer.end_well()
     model.eval()
     seen = {
         "steps": done.global_step,

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
-from loramix.errors import ConfigError, Diverged
+from loramix.errors import ConfigError
 from loramix.labels import IGNORED
 from loramix.losses import AUXILIARY, Seen, layer_correct, next_token_nll
 from loramix.models.head import head_can_choose, logits_at
 from loramix.training.collapse import CollapseWatch
-from loramix.training.guard import PATIENCE, StepGuard
+from loramix.training.guard import StepGuard, divergence
 from loramix.training.keeper import StageKeeper, load_optimizer, load_weights, process_state, restore_random
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import SmallerBatches
@@ -242,30 +242,31 @@ class MixtureTrainer(Trainer):
         model.zero_grad()
         self.say(f"step {self.state.global_step + 1} is left out: {why}")
         if self.guard.out_of_patience:
-            self._go_back(why)
+            self._go_back(f"the last of them step {self.state.global_step + 1} ({why})")
         return None
 
-    def _go_back(self, why: str) -> None:
+    def end_well(self) -> None:
+        """Puts the last checkpoint's weights back if the last steps made no sense: the stage ends before patience does.
+
+        Raises:
+            Diverged: there is none, or it had been put back before.
+        """
+        if self.guard.left_out:
+            self._go_back(f"the last {self.guard.left_out} of the stage")
+
+    def _go_back(self, which: str) -> None:
         """Puts the last checkpoint's weights back, once; data and schedule go on.
 
         Raises:
             Diverged: there is none, or it did not help.
         """
-        step = self.state.global_step + 1
-        found = self.keeper.go_back(self) if self.keeper is not None and not self.guard.went_back else None
+        keeper, again = self.keeper, bool(self.guard.went_back)
+        found = keeper.go_back(self) if keeper is not None and not again else None
         if found is None:
-            known = self.keeper.store.folder if self.keeper is not None and self.guard.went_back else None
-            rest = f" The last checkpoint is in {known}: --resume --force with other settings goes on from it." * bool(
-                known
-            )
-            raise Diverged(
-                f"the training diverged: {PATIENCE} steps in a row made no sense, the last of them step {step} ({why})"
-                f"{', also after going back to a checkpoint' * bool(self.guard.went_back)}. Lower learning_rate (now "
-                f"{self.settings.learning_rate:g}; routers {self.settings.router_learning_rate:g}) or look at the data "
-                f"of these steps.{rest}"
-            )
+            rates = (self.settings.learning_rate, self.settings.router_learning_rate)
+            raise divergence(self.guard, which, rates, keeper.store.folder if keeper is not None and again else None)
         self.guard.back()
-        self.say(f"step {step}: went back to the weights after step {found.step}")
+        self.say(f"went back to the weights after step {found.step}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.keeper is not None:
