@@ -137,7 +137,8 @@ class RunFolder:
             yield
         finally:
             lock.release()
-            if [one.name for one in self.path.iterdir()] == [file.name]:  # nothing was written, so nothing stays
+            there = [one.name for one in self.path.iterdir()] if self.path.is_dir() else []  # or somebody removed it
+            if there == [file.name]:  # nothing was written, so nothing stays
                 file.unlink()
                 self.path.rmdir()
 
