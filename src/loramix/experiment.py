@@ -20,6 +20,7 @@ from loramix.errors import ConfigError, Problems, did_you_mean
 from loramix.methods import METHODS
 from loramix.settings import AdapterSettings, DataSettings, Experiment, SearchSettings
 from loramix.training.settings import TrainingSettings
+from loramix.yaml_text import NotReadable, parse_yaml
 
 ALIASES = {
     "base_model": "model_name_or_path",
@@ -81,11 +82,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     where = Path(path)
     try:
-        content = yaml.safe_load(where.read_text(encoding="utf-8"))
+        content = parse_yaml(where.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read ({error.strerror}). Expected a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: is not YAML. {' '.join(str(error).split())}") from error
+    except (NotReadable, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: is not YAML that can be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: holds {type(content).__name__}, expected keys and values.")
     return content
@@ -129,9 +130,9 @@ def settle(
             problems.add(f"{override!r}: expected key=value, for example learning_rate=1e-4.")
             continue
         try:
-            _place(settled, key.removeprefix("--"), yaml.safe_load(text), echoes)
-        except yaml.YAMLError:
-            problems.add(f"{override!r}: the value is not YAML. Put it in quotes.")
+            _place(settled, key.removeprefix("--"), parse_yaml(text), echoes)
+        except NotReadable:
+            problems.add(f"{override[:80]!r}: the value is not YAML. Put it in quotes.")
     return settled
 
 

@@ -117,10 +117,11 @@ class RunFolder:
         """Keeps others from writing a run here; the lock ends with the process, however it ends.
 
         Raises:
-            ConfigError: somebody else does.
+            ConfigError: somebody else does, or a link in it leads elsewhere.
             StorageError: the folder cannot be made.
         """
         file = self.path / ".lock"
+        _check_links(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(file)
@@ -147,14 +148,26 @@ class RunFolder:
         """Returns a finished run's folder.
 
         Raises:
-            ConfigError: there is no run.
+            ConfigError: there is no run, or a link in it leads elsewhere.
         """
         run = RunFolder(Path(path))
+        _check_links(run.path)
         if not run.config.is_file():
             raise ConfigError(
                 f"{path}: no run here (config.yaml is missing). Expected the output_dir of `loramix train`."
             )
         return run
+
+
+def _check_links(folder: Path) -> None:
+    """A run may come from anybody, and be written by anybody in a folder that is shared: what is read and written is in
+    it, and nowhere a link in it leads to."""
+    inside = folder.resolve()
+    for one in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        if one.is_symlink() and not one.resolve().is_relative_to(inside):
+            raise ConfigError(
+                f"{one}: is a link to {one.resolve()}, out of the run's folder. Put the file or folder itself here."
+            )
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from loramix.errors import ModelError, Problems
+from loramix.models.trust import CODE_KEYS
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MOST_CONFIG_BYTES = 1_000_000
 MOST_HEADER_BYTES = 10_000_000
 """Of a safetensors header; the format allows 100 MB. A mixture of 80 layers needs about 300 kB."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".mdl")
-CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 

@@ -7,11 +7,11 @@ fits none is refused with the keys it has and the keys that are known.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from loramix.data.choices import is_choice, read_choice
+from loramix.data.json_text import NotJson, parse_json
 from loramix.data.layouts import rows_of
 from loramix.data.records import Message, Record
 from loramix.data.row_error import RowError
@@ -163,7 +163,7 @@ def to_record(row: Any, source: str, domain: str | None, domain_column: str | No
     label = domain if domain is not None else _label(row, domain_column)
     if is_choice(row):
         prompt, letter, choices = read_choice(row)
-        return Record((Message("user", prompt), Message("assistant", letter)), label, source, choices=choices)
+        return Record(_whole((Message("user", prompt), Message("assistant", letter))), label, source, choices=choices)
     read = _reader(row)
     if read is None:
         raise RowError(
@@ -172,20 +172,32 @@ def to_record(row: Any, source: str, domain: str | None, domain_column: str | No
             "choices + answer."
         )
     return Record(
-        messages=read(row),
+        messages=_whole(read(row)),
         domain=label,
         source=source,
         tools=_tools(row.get("tools")),
     )
 
 
+def _whole(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    for message in messages:
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            half = message.content[error.start]
+            raise RowError(
+                f"{half!r} is half of a character (a lone surrogate), which no tokenizer takes. Write the whole one."
+            ) from error
+    return messages
+
+
 def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
     """Returns the tool descriptions: a list of objects, or the same as JSON text."""
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError(f'"tools" is text but not JSON: {error.msg}.') from error
+            tools = parse_json(tools)
+        except NotJson as error:
+            raise RowError(f'"tools" is text but not JSON: {error.reason}.') from error
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from loramix.data.formats import to_records
+from loramix.data.json_text import NotJson, parse_json
+from loramix.data.lines import TOO_LONG, lines_of
 from loramix.data.records import Record
 from loramix.data.row_error import FileError, Numbered, RowError
 from loramix.data.tables import separated
 from loramix.errors import DataError, Problems
 
+MOST_JSON_BYTES = 1 << 30
 SPLITS = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev"),
@@ -21,35 +23,36 @@ SPLITS = {
 
 
 def _jsonl(path: Path) -> Numbered:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            place = str(number)
+    for number, raw in lines_of(path):
+        place = str(number)
+        if raw is None:
+            yield place, FileError(place, TOO_LONG)
+            continue
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            yield place, FileError(place, f"is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.")
+            continue
+        if line.strip():
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                yield place, FileError(place, f"is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.")
-                continue
-            if line.strip():
-                try:
-                    yield place, json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
-                    column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                    shown = line.strip()[:40]
-                    yield (
-                        place,
-                        FileError(place, f"is not JSON: {what}{column}, in {shown!r}. Expected one object a line."),
-                    )
+                yield place, parse_json(line)
+            except NotJson as error:
+                column = f", column {error.column}" if error.column else ""
+                shown = line.strip()[:40]
+                said = f"is not JSON: {error.reason}{column}, in {shown!r}. Expected one object a line."
+                yield place, FileError(place, said)
 
 
 def _json(path: Path) -> Numbered:
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise FileError("1", f"is longer than {MOST_JSON_BYTES >> 20} MiB, and is read as a whole. Save it as .jsonl.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.lineno > 1:  # JSON lines under the wrong ending
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
+    except NotJson as error:
+        if error.reason == "Extra data" and error.line > 1:  # JSON lines under the wrong ending
             yield from _jsonl(path)
             return
-        raise FileError(str(error.lineno), f"is not JSON: {error.msg}. Expected a list of objects.") from error
+        raise FileError(str(error.line), f"is not JSON: {error.reason}. Expected a list of objects.") from error
     except UnicodeDecodeError as error:
         raise FileError("1", f"is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
     rows = (
@@ -65,12 +68,14 @@ def _parquet(path: Path) -> Numbered:
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
-        table = parquet.read_table(path)
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise FileError("1", f"is not parquet: {str(error).splitlines()[0]}") from error
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"row {number}", row
+        raise FileError(f"row {number + 1}", f"is not parquet: {str(error).splitlines()[0]}") from error
 
 
 READERS: dict[str, Callable[[Path], Numbered]] = {

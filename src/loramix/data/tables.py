@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from loramix.data.formats import DOMAIN_COLUMNS, PROMPTS, RESPONSES
+from loramix.data.lines import LONGEST, TOO_LONG, lines_of
 from loramix.data.row_error import FileError, Numbered
 
 _MCTEST = re.compile(r"mc\d+\.\w+\.\d+\t")
@@ -28,25 +29,48 @@ def separated(delimiter: str) -> Callable[[Path], Numbered]:
 
 
 def _with_header(path: Path, delimiter: str) -> Numbered:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter=delimiter)
-        try:
-            for row in reader:
-                place = str(reader.line_num)
-                if None in row or None in row.values():
-                    found = sum(value is not None for value in row.values()) + len(row.get(None) or [])
-                    names = reader.fieldnames or []
-                    yield place, FileError(place, f"has {found} fields, expected {len(names)} ({', '.join(names)}).")
-                else:
-                    yield place, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise FileError(str(reader.line_num + 1), f"cannot be read: {error}.") from error
+    reader = csv.DictReader(_texts(path), delimiter=delimiter, strict=True)
+    try:
+        names = list(reader.fieldnames or [])
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise FileError("1", f"names {', '.join(map(repr, twice))} twice. Give each column a name of its own.")
+        for row in reader:
+            place = str(reader.line_num)
+            if None in row or None in row.values():
+                found = sum(row[name] is not None for name in names) + len(row.get(None) or [])
+                yield place, FileError(place, f"has {found} fields, expected {len(names)} ({', '.join(names)}).")
+            else:
+                yield place, row
+    except csv.Error as error:
+        raise FileError(str(reader.line_num), f"cannot be read: {error}. Is a quote left open before it?") from error
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yields the lines of a file, each with its end; a lone carriage return ends one too, as csv has it.
+
+    Raises:
+        FileError: one is too long, or is no text in UTF-8.
+    """
+    count = 0
+    for _, raw in lines_of(path):
+        if raw is None:
+            raise FileError(str(count + 1), TOO_LONG)
+        for line in raw.splitlines(keepends=True):
+            count += 1
+            if b"\0" in line:
+                raise FileError(str(count), "holds a byte that is zero, which no text does. Save it as UTF-8.")
+            try:
+                yield line.decode("utf-8-sig" if count == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                said = f"is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+                raise FileError(str(count), said) from error
 
 
 def _without_header(path: Path) -> Callable[[Path], Numbered] | None:
     """Returns the reader of a data set that has no header line, known by its first line; None for all other files."""
     with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        first = lines.readline()
+        first = lines.readline(LONGEST)
     if _MCTEST.match(first):
         return _mctest
     return _flan if _is_flan(first) else None
@@ -61,17 +85,14 @@ def _is_flan(first: str) -> bool:
 
 def _flan(path: Path) -> Numbered:
     """FLAN v2's chain-of-thought submix: question, answer, rationale, without quoting; line breaks are written \\n."""
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            fields = [field.replace("\\n", "\n") for field in line.rstrip("\r\n").split("\t")]
-            if len(fields) != 3:
-                yield (
-                    str(number),
-                    FileError(str(number), f"has {len(fields)} fields, expected question, answer, reason."),
-                )
-                continue
-            question, answer, reason = fields
-            yield str(number), {"prompt": question, "completion": f"{reason.strip()}\nThe answer is {answer.strip()}."}
+    for number, line in enumerate(_texts(path), 1):
+        fields = [field.replace("\\n", "\n") for field in line.rstrip("\r\n").split("\t")]
+        if len(fields) != 3:
+            said = f"has {len(fields)} fields, expected question, answer, reason."
+            yield str(number), FileError(str(number), said)
+            continue
+        question, answer, reason = fields
+        yield str(number), {"prompt": question, "completion": f"{reason.strip()}\nThe answer is {answer.strip()}."}
 
 
 def _mctest(path: Path) -> Numbered:

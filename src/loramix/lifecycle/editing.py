@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from loramix.adapters.adapter import Adapter, read_adapter, write_adapter
 from loramix.adapters.alike import short_targets
 from loramix.adapters.growth import without_expert
@@ -25,6 +23,7 @@ from loramix.opening import check_trained, open_run
 from loramix.prompt_store import read_prompts, write_prompts
 from loramix.run_folder import RunFolder, staged_text, write_json
 from loramix.settings import Experiment
+from loramix.yaml_text import parse_yaml
 
 
 def mixture_of(run: RunFolder, experiment: Experiment) -> Adapter:
@@ -137,7 +136,7 @@ def checked_yaml(experiment: Experiment) -> str:
         ConfigError: they contradict each other, so the run could not be opened any more.
     """
     text = as_yaml(experiment)
-    build(yaml.safe_load(text), where="the run's settings afterwards; nothing was changed", with_data=False)
+    build(parse_yaml(text), where="the run's settings afterwards; nothing was changed", with_data=False)
     return text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from loramix.cache import build_once, cache_dir
 from loramix.errors import ModelError
 from loramix.models.builtin import LAYERS, NAME, builtin_folder, convert_gguf
+from loramix.models.trust import check_base, read_settings, trusted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,7 +55,7 @@ def layers_of(name: str) -> int | None:
     file = Path(name).expanduser() / "config.json"
     if not file.is_file():
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_settings(file)
     inside = content.get("text_config", content)
     found = inside.get("num_hidden_layers", inside.get("n_layer"))
     return found if isinstance(found, int) else None
@@ -65,13 +65,14 @@ def load_tokenizer(name: str = NAME) -> Any:
     """Returns the base's tokenizer, with a padding token.
 
     Raises:
-        ModelError: it cannot be found.
+        ModelError: it cannot be found, or its settings name code and it is not trusted (`models/trust.py`).
     """
     from transformers import AutoTokenizer
 
     where = base_folder(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        check_base(name, where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusted(name))
     except (OSError, ValueError) as error:
         raise ModelError(_not_found(name, error)) from error
     if tokenizer.pad_token_id is None:
@@ -87,13 +88,14 @@ def load_base(name: str = NAME, *, dtype: str = "float32") -> Any:
         dtype: "float32", "bfloat16" or "float16". A CPU without bf16 instructions is 9 to 20 times slower in bf16.
 
     Raises:
-        ModelError: it cannot be found or loaded.
+        ModelError: it cannot be found or loaded, or its settings name code and it is not trusted.
     """
     from transformers import AutoModelForCausalLM
 
     where = base_folder(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype])
+        check_base(name, where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=trusted(name))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_not_found(name, error)) from error
     return model.requires_grad_(False).eval()
@@ -103,15 +105,16 @@ def load_skeleton(name: str = NAME) -> Any:
     """Returns the base without weights (on the meta device): enough to see which modules there are, in a moment.
 
     Raises:
-        ModelError: it cannot be found.
+        ModelError: it cannot be found, or its settings name code and it is not trusted (`models/trust.py`).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = base_folder(name)
     try:
-        config = AutoConfig.from_pretrained(where)
+        check_base(name, where)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trusted(name))
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(name))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(_not_found(name, error)) from error
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from loramix.errors import ConfigError, Problems, did_you_mean
 from loramix.tuner.abstaining import BASE
+from loramix.yaml_text import NotReadable, parse_yaml
 
 VARIABLE = "LORAMIX_API_KEY"
 FEWEST_CHARS = 16
@@ -100,8 +99,8 @@ def read_keys(file: Path | None, environment: Mapping[str, str], experts: Sequen
 
 def _listed(file: Path) -> list[Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, NotReadable) as error:
         raise ConfigError(f"{file}: the keys cannot be read ({str(error).splitlines()[0]}).") from error
     if file.stat().st_mode & 0o077:
         raise ConfigError(f"{file}: other users of this machine can read the keys. Run `chmod 600 {file}`.")
