@@ -239,7 +239,7 @@ def _said(location: tuple[int | str, ...], kind: str, message: str, got: Any) ->
 
 
 def as_yaml(experiment: Experiment) -> str:
-    """Returns the resolved settings as YAML that `load` reads back to the same value."""
+    """Returns the settings as YAML, defaults written out; `load` reads back what means the same."""
     resolved = experiment.model_dump()
     resolved["training"] = {**asdict(TrainingSettings(seed=experiment.seed)), **experiment.training}
     text: str = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)

@@ -24,8 +24,8 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > MOST_CHARACTERS:
         raise NotReadable(f"it has {len(text)} characters, more than the {MOST_CHARACTERS} that are read.")
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -35,8 +35,6 @@ def parse_yaml(text: str) -> Any:
         raise NotReadable(f"it is nested deeper than the {DEEPEST} levels that are read.") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as a date that is none, digits without end
         raise NotReadable(" ".join(str(error).split())[:300]) from error
-    finally:
-        loader.dispose()
 
 
 def _count(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:
