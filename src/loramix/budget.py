@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from loramix import processes
 from loramix.methods import method_named
 from loramix.preparation import Prepared
 from loramix.training.settings import TrainingSettings
@@ -28,8 +29,8 @@ def steps(settings: TrainingSettings, examples: int) -> int:
 
 
 def rows_per_step(settings: TrainingSettings) -> int:
-    """Returns the examples of one optimizer step."""
-    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    """Returns the examples of one optimizer step, over all processes."""
+    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps * processes.count()
 
 
 def rows_learned(settings: TrainingSettings, examples: int) -> int:
@@ -41,7 +42,8 @@ def rows_learned(settings: TrainingSettings, examples: int) -> int:
 
 def steps_per_epoch(settings: TrainingSettings, examples: int) -> int:
     """Returns the optimizer steps in which every example is seen once."""
-    return math.ceil(math.ceil(examples / settings.per_device_train_batch_size) / settings.gradient_accumulation_steps)
+    of_each = math.ceil(math.ceil(examples / settings.per_device_train_batch_size) / processes.count())
+    return math.ceil(of_each / settings.gradient_accumulation_steps)
 
 
 def steps_for(rows: int, settings: TrainingSettings, examples: int) -> int:
@@ -83,6 +85,6 @@ def longer_settings(second: TrainingSettings, steps_of_second: int, share: float
     return replace(
         second,
         max_steps=steps_of_second,
-        per_device_train_batch_size=max(1, round(rows_per_step(second) * share)),
+        per_device_train_batch_size=max(1, round(rows_per_step(second) * share / processes.count())),
         gradient_accumulation_steps=1,
     )

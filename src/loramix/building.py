@@ -21,6 +21,7 @@ from loramix.evaluation.scoring import score
 from loramix.methods import Method, method_named
 from loramix.opening import ADAPTER
 from loramix.preparation import Prepared
+from loramix.processes import meet, writes
 from loramix.routers.sequence import SequenceRouter
 from loramix.training.gradient_free import search_weights
 from loramix.training.prompt_states import prompt_states
@@ -158,7 +159,13 @@ def _search(prepared: Prepared, model: Any, method: Method) -> dict[str, Any]:
 
 def save(model: Any, folder: Path) -> None:
     """Saves an adapter alone, or a whole model. With an adapter the embeddings are frozen, and asking PEFT for them
-    would mean looking the base up on the Hub."""
+    would mean looking the base up on the Hub. Of several processes the first saves, and none goes on before."""
+    if writes():
+        _save(model, folder)
+    meet()
+
+
+def _save(model: Any, folder: Path) -> None:
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     if isinstance(model, PeftModel):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loramix.errors import StorageError
+from loramix.processes import writes
 from loramix.run_folder import write_json
 
 
@@ -74,7 +75,7 @@ class Journal:
         self._write()
 
     def _write(self) -> None:
-        if not self._file.exists():
+        if writes() and not self._file.exists():
             raise StorageError(f"{self._file} is gone: somebody removed the run while it was at work.")
         write_json(self._file, self._content)
 

@@ -17,6 +17,7 @@ from loramix.experiment import as_yaml
 from loramix.journal import Journal
 from loramix.methods import method_named
 from loramix.models import load_base, load_skeleton, load_tokenizer
+from loramix.processes import writes
 from loramix.run_folder import RunFolder, write_json, write_text_safely
 from loramix.settings import Experiment
 from loramix.training.keeper import Keeping
@@ -91,7 +92,7 @@ def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Pr
     base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
     run = RunFolder(Path(experiment.output_dir))
     prepared = Prepared(experiment, run, base, tokenizer, data, console)
-    if new:
+    if new and writes():
         run.create()
         record(prepared)
     _report_cuts(data.counts, console)

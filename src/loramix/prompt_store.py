@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loramix.data.collation import Example
 from loramix.errors import DataError
+from loramix.run_folder import write_text_safely
 
 
 def prompts_of(examples: Sequence[Example], most: int) -> list[list[int]]:
@@ -25,12 +26,10 @@ def write_prompts(file: Path, prompts: Mapping[str, Sequence[Sequence[int]]]) ->
         for domain, some in prompts.items()
         for ids in some
     ]
-    if not lines:
+    if lines:
+        write_text_safely(file, "\n".join(lines) + "\n")
+    else:
         file.unlink(missing_ok=True)
-        return
-    making = file.with_name(file.name + ".making")
-    making.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    making.replace(file)
 
 
 def read_prompts(file: Path) -> dict[str, list[list[int]]]:

@@ -11,6 +11,7 @@ from loramix.errors import ConfigError
 from loramix.identity import identity
 from loramix.journal import Journal, differences, read_journal
 from loramix.preparation import Prepared, prepare, record
+from loramix.processes import meet, writes
 from loramix.run_folder import RunFolder
 from loramix.settings import Experiment
 from loramix.training.keeper import Keeping
@@ -38,14 +39,17 @@ def begin(experiment: Experiment, console: Console, resume: Resume) -> Prepared:
     run = RunFolder(Path(experiment.output_dir))
     going_on = resume.wanted and run.config.is_file()
     done = read_journal(run.progress) if going_on else None
+    finished = run.results.is_file()
+    meet()  # all have read what there is
     if going_on and done is None:
-        if run.results.is_file():
+        if finished:
             raise ConfigError(
                 f"{run.path}: a finished run whose progress.json is missing or damaged, so nobody can tell what it was "
                 "begun as. Name another output_dir, or remove the run."
             )
         console.print("warning: progress.json is missing or damaged: the run begins anew", highlight=False)
-        run.clear()
+        if writes():
+            run.clear()
         going_on = False
     prepared = prepare(experiment, console, new=not going_on)
     now = identity(prepared)

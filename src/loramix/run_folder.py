@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from loramix.errors import ConfigError, StorageError
+from loramix.processes import writes
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,16 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps others from writing a run here; the lock ends with the process, however it ends.
+        """Keeps others from writing a run here; the lock ends with the process, however it ends. Of several processes
+        that train together the first holds it.
 
         Raises:
             ConfigError: somebody else does, or a link in it leads elsewhere.
             StorageError: the folder cannot be made.
         """
+        if not writes():
+            yield
+            return
         file = self.path / ".lock"
         _check_links(self.path)
         try:
@@ -200,9 +205,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text_safely(path: Path, text: str) -> None:
-    """Writes a text file that is the old or the new one whatever happens: never half, never empty."""
-    with staged_text(path, text):
-        pass
+    """Writes a text file that is the old or the new one whatever happens: never half, never empty. Of several processes
+    the first alone does."""
+    if writes():
+        with staged_text(path, text):
+            pass
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from loramix.processes import writes
+
 EXIT_USAGE = 2
 EXIT_OUT_OF_MEMORY = 5
 EXIT_INTERRUPTED = 130
@@ -19,16 +21,17 @@ EXIT_INTERRUPTED = 130
 
 def progress_console() -> Console:
     """Returns the console for progress and notes: standard error, so that --json output stays clean."""
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=not writes())
 
 
 def result_console() -> Console:
     """Returns the console for results: standard output."""
-    return Console()
+    return Console(quiet=not writes())
 
 
 def print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    if writes():
+        print(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def print_table(title: str, heads: list[str], rows: list[list[str]], *, words: bool = False) -> None:

@@ -21,6 +21,7 @@ from loramix.checkpoints.optimizer_state import optimizer_state, set_optimizer_s
 from loramix.checkpoints.random_state import random_state, set_random_state
 from loramix.checkpoints.store import Checkpoint, CheckpointStore
 from loramix.errors import ModelError
+from loramix.processes import meet, writes
 from loramix.run_folder import RunFolder
 from loramix.training.settings import TrainingSettings
 
@@ -64,7 +65,8 @@ class Keeping:
 
     def clear(self) -> None:
         """Removes all checkpoints: the stages they belong to are done."""
-        shutil.rmtree(self.run.checkpoints, ignore_errors=True)
+        if writes():
+            shutil.rmtree(self.run.checkpoints, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class StageKeeper:
 
     def begin(self) -> tuple[Checkpoint | None, list[str]]:
         """Returns where to go on from, if anywhere, and what is wrong with newer checkpoints, a line each."""
+        if not writes():
+            meet()
+            return self.store.newest(self._misfit)[0] if self.resume else None, []
         found, wrong = self.store.newest(self._misfit) if self.resume else (None, [])
         if found is None:
             self.store.clear()
@@ -94,6 +99,7 @@ class StageKeeper:
         if self.resume and self.log_file.is_file() and self.log_file.stat().st_size > keep:
             os.truncate(self.log_file, keep)
         self.store.begin()
+        meet()
         return found, wrong
 
     def save(self, trainer: MixtureTrainer) -> None:

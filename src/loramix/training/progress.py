@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loramix.processes import writes
 from loramix.training.trainer import MixtureTrainer
 
 
@@ -72,8 +73,9 @@ class TrainingProgress(TrainerCallback):
             "tokens_per_s": round(self._speed(), 1),
             **(logs or {}),
         }
-        with self.log_file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(entry) + "\n")
+        if writes():
+            with self.log_file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(entry) + "\n")
         if logs is None or "loss" not in logs:
             return
         step = max(state.global_step, 1)

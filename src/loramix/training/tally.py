@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,18 @@ class DomainTally:
         twin = DomainTally(self.domains)
         twin.sums, twin.auxiliary = None if self.sums is None else self.sums.clone(), dict(self.auxiliary)
         return twin
+
+    def join(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Makes the sums those of all processes.
+
+        Args:
+            total: returns the sum of a tensor over processes; all call it with the same shapes in the same order.
+        """
+        if self.sums is not None:
+            self.sums = total(self.sums)
+        for name, (value, count) in sorted(self.auxiliary.items()):
+            both = total(torch.stack([value, torch.full_like(value, count)]))
+            self.auxiliary[name] = (both[0], int(both[1]))
 
     def drain(self) -> dict[str, float]:
         """Returns loss/<domain>, router_accuracy/<domain> and auxiliary/<loss> since the last time, and starts anew.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # all are used; a search would miss routers that only their own loss reads
+        use_cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not know of each other
     )
     # Several GPUs in one process would mean nn.DataParallel, whose threads share one routing; torchrun is the way.
     if arguments.n_gpu > 1:
@@ -123,7 +126,7 @@ class MixtureTrainer(Trainer):
 
     @property
     def tokens_seen(self) -> int:
-        """Real tokens trained on so far by this process; reading it waits for the device."""
+        """Real tokens trained on so far, by all processes; reading it waits for the device."""
         return int(self._tokens_seen)
 
     def seconds(self) -> float:
@@ -162,8 +165,8 @@ class MixtureTrainer(Trainer):
         counts = torch.stack(
             [torch.stack(supervised).sum(), torch.full_like(supervised[0], rows), torch.stack(real).sum()]
         ).to(device, torch.float32)
-        self._tokens_seen = counts[2].double() + self._tokens_seen
         self._step_tokens, self._step_rows, self._step_real = self.accelerator.reduce(counts, reduction="sum").unbind()
+        self._tokens_seen = self._step_real.double() + self._tokens_seen
         return batches, items
 
     def compute_loss(
@@ -287,6 +290,8 @@ class MixtureTrainer(Trainer):
             restore_random(process_state(self, Path(checkpoint)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.accelerator.num_processes > 1:
+            self.tally.join(partial(self.accelerator.reduce, reduction="sum"))
         routers = self.watch.numbers() if "loss" in logs else {}  # the last entry sums the stage up
         super().log({**logs, **self.tally.drain(), **routers}, start_time)
         if (warning := self.watch.verdict()) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
@@ -13,7 +13,7 @@ from loramix.experts.apply import BACKENDS
 from loramix.methods import Method, method_named
 from loramix.routers import RouterConfig
 from loramix.routers.abstention import AbstentionConfig
-from loramix.tuner.config_checks import abstention_problems, backend_problems, name_problems
+from loramix.tuner.config_checks import abstention_problems, accepted_settings, backend_problems, name_problems
 from loramix.tuner.decisions import decision_problem
 from loramix.tuner.registration import LORAMIX
 
@@ -243,11 +243,10 @@ class LoramixConfig(PeftConfig):
 
     def _overridden(self, name: str, default: Any, problems: Problems) -> Any:
         """Returns a frozen value of the method with the user's settings of the same name put over it."""
-        given, known = getattr(self, name) or {}, [one.name for one in fields(default)]
-        for key in given:
-            if key not in known:
-                problems.add(f"{name}.{key}: no such setting. Expected {', '.join(known)}.{did_you_mean(key, known)}")
-        return replace(default, **{k: v for k, v in given.items() if k in known})
+        accepted, wrong = accepted_settings(name, default, getattr(self, name) or {})
+        for problem in wrong:
+            problems.add(problem)
+        return replace(default, **accepted)
 
     def router_config(self) -> RouterConfig | None:
         """Returns the router's settings as the frozen value that builds it, or None for a method without router."""

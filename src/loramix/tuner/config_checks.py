@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loramix.errors import did_you_mean
 from loramix.methods import Method
@@ -76,3 +78,28 @@ def name_problems(experts: Sequence[str], method: Method) -> list[str]:
     if "base" in experts and method.settled_by == "prompt":
         found.append("experts: 'base' stands for the base alone in a routing. Give the expert another name.")
     return found
+
+
+def accepted_settings(name: str, default: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns what of some settings a frozen value of a method has and is of the right type, and what is wrong with the
+    rest.
+
+    Args:
+        name: of the settings, for messages.
+        default: the frozen value.
+        given: settings by name.
+    """
+    types = get_type_hints(type(default))
+    accepted: dict[str, Any] = {}
+    wrong = []
+    for key, value in given.items():
+        if key not in types:
+            near = did_you_mean(str(key), types)
+            wrong.append(f"{name}.{key}: no such setting. Expected {', '.join(types)}.{near}")
+            continue
+        try:
+            accepted[key] = TypeAdapter(types[key], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"]
+            wrong.append(f"{name}.{key} = {value!r:.60}: {said[0].lower()}{said[1:]}.")
+    return accepted, wrong
