@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 VLLM := .venv-vllm
 
-.PHONY: install demo test test-real fuzz check format bench docs vllm-check clean
+.PHONY: install demo test test-real fuzz torture check format bench docs vllm-check clean
 
 install: $(STAMP)
 
@@ -30,10 +30,21 @@ test-real: install
 fuzz: install
 	LORAMIX_FUZZ=20000 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 tests/test_serving_schema.py
 
+# Kills, damage, disks, numbers, malformed files, names, mutated settings: the long form of what `make test` has a
+# short one of. docs/reliability.md has its results; takes about half an hour. Small disks are mounted: needs root.
+torture: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture.kills
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture.damage
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture.numbers
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture.disks
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture.inputs
+	LORAMIX_YAMLS=5000 $(BIN)/python -m pytest -q tests/test_yaml_text.py
+
 check: install
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --recursive src --severity-level high
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 format: install

@@ -102,6 +102,4 @@ def test_adapter_settings(settings: dict, said: str):
 @pytest.mark.parametrize("value", ["{}", "[1]", "'a'", "2026-11-23", "null", ".nan", "!!binary eA=="])
 def test_a_router_setting_of_another_type_is_refused(value: str):
     with pytest.raises(ConfigError, match=r"router\.top_k = .*: input should be"):
-        load(Path("recipes") / "mola.yaml", [f"adapter.router.top_k={value}"])
-    with pytest.raises(ConfigError, match=r"router\.gate_dropout = .*: input should be"):
-        load(Path("recipes") / "llava-mole.yaml", [f"adapter.router.gate_dropout={value}"])
+        load(Path(__file__).parent.parent / "recipes" / "mola.yaml", [f"adapter.router.top_k={value}"])

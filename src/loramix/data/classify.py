@@ -60,8 +60,10 @@ def sentence_encoder(folder: str) -> Callable[[Sequence[str]], Any]:
         raise ConfigError(
             f"measure.classifier = {folder!r}: holds no weights as safetensors. Save the encoder as such."
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = AutoModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    ).eval()
 
     @torch.inference_mode()
     def embed(texts: Sequence[str]) -> Any:

@@ -69,9 +69,8 @@ def load_tokenizer(name: str = NAME) -> Any:
     """
     from transformers import AutoTokenizer
 
-    where = base_folder(name)
+    where = _checked(name)
     try:
-        check_base(name, where)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trusted(name))
     except (OSError, ValueError) as error:
         raise ModelError(_not_found(name, error)) from error
@@ -92,9 +91,8 @@ def load_base(name: str = NAME, *, dtype: str = "float32") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    where = base_folder(name)
+    where = _checked(name)
     try:
-        check_base(name, where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=trusted(name))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_not_found(name, error)) from error
@@ -109,14 +107,23 @@ def load_skeleton(name: str = NAME) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = base_folder(name)
+    where = _checked(name)
     try:
-        check_base(name, where)
         config = AutoConfig.from_pretrained(where, trust_remote_code=trusted(name))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(name))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(_not_found(name, error)) from error
+
+
+def _checked(name: str) -> str:
+    """Returns what transformers is to load, whose settings name no code, or which is trusted."""
+    where = base_folder(name)
+    try:
+        check_base(name, where)
+    except OSError as error:
+        raise ModelError(_not_found(name, error)) from error
+    return where
 
 
 def _not_found(name: str, error: Exception) -> str:
