@@ -38,6 +38,7 @@ torture: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture.numbers
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture.disks
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture.inputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture.soak
 	LORAMIX_YAMLS=5000 $(BIN)/python -m pytest -q tests/test_yaml_text.py
 
 check: install

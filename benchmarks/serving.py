@@ -106,7 +106,7 @@ def prompts(run: Path, tokens: str) -> list[Ask]:
     from loramix.corpus import read_all
     from loramix.experiment import load
 
-    splits, _ = read_all(load(run / "config.yaml", ["data.max_test_examples=40"]).experiment)
+    splits, _ = read_all(load(run / "config.yaml", ["data.max_test_examples=50"]).experiment)
     rows = zip(*(split.test for split in splits.values()), strict=False)
     least, _, most = tokens.partition("-")
     draw = random.Random(0)

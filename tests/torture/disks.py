@@ -44,9 +44,9 @@ def main() -> int:
         content = {**ended.settings(place, "moa", save_steps=1), "controls": []}
         ended.train(content, whole)
         expected = ended.left_by(whole)
-        found = {f"full at {size} KB": _full(place, content, expected, size) for size in SIZES_KB}
-        found["read-only"] = _read_only(place, content, expected)
-        found["deleted"] = _deleted(place, content)
+        found = {f"full at {size} KB": full(place, content, expected, size) for size in SIZES_KB}
+        found["read-only"] = read_only(place, content, expected)
+        found["deleted"] = removed(place, content)
         found["clock"] = _clock(place, content, expected)
     print(json.dumps(found))
     return int(not all(one["ok"] for one in found.values()))
@@ -71,7 +71,8 @@ def _verdict(code: int, said: str, *, resumed: bool) -> dict[str, Any]:
     return {"ok": right, "code": code, "said": last[:120], "resumed": resumed}
 
 
-def _full(place: Path, content: dict[str, Any], expected: dict[str, Any], size: int) -> dict[str, Any]:
+def full(place: Path, content: dict[str, Any], expected: dict[str, Any], size: int) -> dict[str, Any]:
+    """A disk of so many KB, and more room after."""
     with mounted(place / f"disk-{size}", f"size={size}k") as disk:
         code, said = _train(content, disk / "run")
         _mount("-o", "remount,size=64m", str(disk))
@@ -79,12 +80,12 @@ def _full(place: Path, content: dict[str, Any], expected: dict[str, Any], size: 
         return _verdict(code, said, resumed=again == 0 and ended.left_by(disk / "run") == expected)
 
 
-def _read_only(place: Path, content: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
-    """Root may write anywhere: the training is a fork's that may no longer."""
+def read_only(place: Path, content: dict[str, Any], expected: dict[str, Any], at: int = 15) -> dict[str, Any]:
+    """A folder that is made read-only before a step. Root may write anywhere: a fork trains, and may no longer."""
     folder = place / "shut"
 
     def shut(call: int) -> None:
-        if call == 15:
+        if call == at:
             for one in [folder, *folder.rglob("*")]:
                 if one.is_dir():
                     one.chmod(0o555)
@@ -114,9 +115,10 @@ def _obey_permissions() -> None:
     assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
 
 
-def _deleted(place: Path, content: dict[str, Any]) -> dict[str, Any]:
+def removed(place: Path, content: dict[str, Any], at: int = 15) -> dict[str, Any]:
+    """A folder that is gone before a step."""
     folder = place / "deleted"
-    with ended.calls(*ended.STEP, lambda call: shutil.rmtree(folder) if call == 15 else None):
+    with ended.calls(*ended.STEP, lambda call: shutil.rmtree(folder) if call == at else None):
         code, said = _train(content, folder)
     return _verdict(code, said, resumed=True)
 
