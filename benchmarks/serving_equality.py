@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import torch
 from serving import prompts
+from tests.serving_case import running
 
 from loramix.cli.output import quiet_libraries
 from loramix.experiment import load
@@ -26,7 +27,6 @@ from loramix.run_folder import RunFolder
 from loramix.serving.prompts import PromptEncoder
 from loramix.serving.protocol import ChatMessage
 from loramix.serving.starting import Options, server_of
-from tests.serving_case import running
 
 BATCH = 16
 

@@ -73,6 +73,12 @@ def test_eval_gives_what_train_gave(trained: Path, capsys):
     assert again["router_accuracy"] == before["router_accuracy"]
 
 
+def test_a_folder_that_cannot_be_made_is_told_in_a_line(trained: Path, tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert run(["export", str(trained), "--output-dir", str(tmp_path / "file" / "sub")]) == 7
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'file'}")
+
+
 def test_route_names_the_expert(trained: Path, capsys):
     assert run(["route", str(trained), "--text", "QRSTWXYZQRSTWZYX", "-t", "abcdefgabcdefgab", "--json"]) == 0
     routes = json.loads(capsys.readouterr().out)

@@ -25,7 +25,7 @@ from loramix.cli import (
     validate,
 )
 from loramix.cli.output import EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_USAGE, fail
-from loramix.errors import Interrupted, LoramixError
+from loramix.errors import Interrupted, LoramixError, StorageError
 
 app = typer.Typer(
     name="loramix",
@@ -71,8 +71,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
     0 ok, 2 usage or settings, 3 data, 4 model or adapter, 5 out of memory, 6 diverged, 7 disk, 130 and 143 ended by
-    SIGINT and SIGTERM. Any other exception is a
-    mistake of ours and keeps its traceback.
+    SIGINT and SIGTERM. Any other exception is a mistake of ours and keeps its traceback.
     """
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
@@ -85,6 +84,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return fail("interrupted.", EXIT_INTERRUPTED)
     except MemoryError:
         return fail(_NO_MEMORY, EXIT_OUT_OF_MEMORY)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return fail(f"{error.filename}: {error.strerror}.", StorageError.exit_code)
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return fail(_NO_MEMORY, EXIT_OUT_OF_MEMORY)
