@@ -99,3 +99,14 @@ def test_a_run_is_served_until_it_is_interrupted(method: str, runs: Path):
     assert "secret words" not in log
     assert "kkkk" not in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("command", ["/bin/false", "/no/such/vllm"])
+def test_vllm_that_does_not_start_is_told_in_a_line(command: str, runs: Path):
+    options = ["serve", str(runs / "moa"), "--engine", "vllm", "--vllm", command, "--port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "loramix", *options], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode in (2, 4)
+    assert "Traceback" not in done.stderr
+    assert "vLLM" in next(line for line in done.stderr.splitlines() if line.startswith("error: "))

@@ -66,7 +66,12 @@ def serve(
         app = server_of(run, options, os.environ, start)
         shown = f"[{host}]" if ":" in host else host
         result_console().print(f"http://{shown}:{port}  (chat page at /, OpenAI's API at /v1)", highlight=False)
-        uvicorn.run(app, host=host, port=port, server_header=False, timeout_graceful_shutdown=10, log_config=_log())
+        try:
+            uvicorn.run(app, host=host, port=port, server_header=False, timeout_graceful_shutdown=10, log_config=_log())
+        except SystemExit:
+            if app.failed is not None:
+                raise app.failed from None
+            raise
 
 
 def _vllm_start(run: Path, folder: Path, command: str, arguments: str) -> VllmStart:

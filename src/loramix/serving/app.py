@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from loramix import __version__
+from loramix.errors import LoramixError
 from loramix.serving import failures
 from loramix.serving.answering import Answering, Shape
 from loramix.serving.ask import Ask, Engine, EngineError
@@ -70,7 +71,11 @@ def create_app(service: Service, keys: Keys, *, any_host: bool) -> Guard:
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
-        await service.engine.start()
+        try:
+            await service.engine.start()
+        except LoramixError as error:
+            guard.failed = error
+            raise
         try:
             yield
         finally:
@@ -84,7 +89,8 @@ def create_app(service: Service, keys: Keys, *, any_host: bool) -> Guard:
     _add_page(app)
     failures.add_to(app)
     _without_422(app)
-    return Guard(app, keys, service.limits, service.metrics, any_host=any_host)
+    guard = Guard(app, keys, service.limits, service.metrics, any_host=any_host)
+    return guard
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:

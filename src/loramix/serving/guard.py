@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from loramix.errors import LoramixError
 from loramix.serving.keys import Keys
 from loramix.serving.limits import Limits
 from loramix.serving.metrics import Metrics
@@ -41,6 +42,9 @@ class _Refused(Exception):
 class Guard:
     """The outermost layer of the app.
 
+    Attributes:
+        failed: why the engine did not start; the server then ends.
+
     Args:
         app: what is guarded.
         keys: who may come in; empty for everybody.
@@ -53,10 +57,21 @@ class Guard:
     def __init__(self, app: App, keys: Keys, limits: Limits, metrics: Metrics, *, any_host: bool) -> None:
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
         self._any_host = any_host
+        self.failed: LoramixError | None = None
+
+    def _without_traceback(self, send: Send) -> Send:
+        """What is known to have gone wrong is said in a line, by who started the server."""
+
+        async def sent(message: Message) -> None:
+            if self.failed is not None and message["type"] == "lifespan.startup.failed":
+                message["message"] = ""
+            await send(message)
+
+        return sent
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, self._without_traceback(send))
             return
         status = 500
 
