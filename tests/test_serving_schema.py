@@ -69,7 +69,9 @@ def test_requests_made_from_the_schema(path: str, mode: GenerationMode, address:
         statuses[response.status_code] += 1
         if response.status_code == 400:
             said[json.loads(response.text)["error"]["message"][:60]] += 1
-        case.validate_response(response, checks=CHECKS)
+        # A body of more than a megabyte is refused unread; schemathesis does not count that status as a refusal.
+        refused = [negative_data_rejection] if response.status_code == 413 else []
+        case.validate_response(response, checks=CHECKS, excluded_checks=refused)
 
     call()
     assert sum(statuses.values()) >= share
