@@ -46,6 +46,8 @@ def _looks(model: torch.nn.Module, losses: dict[str, float], batch: dict[str, to
         args=training_arguments(settings, "unused"),
         train_dataset=[batch],
     )
+    trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    trainer.compute_loss(model, batch)  # the head is looked at once, in the first step
     with _Looks() as looks:
         batches, _ = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
         trainer.compute_loss(model, batches[0]).backward()

@@ -11,7 +11,7 @@ from torch import Tensor
 from loramix.data.prompts import Encoded
 from loramix.data.records import Record
 from loramix.labels import IGNORED
-from loramix.losses import supervised_positions
+from loramix.losses import supervised_positions, supervised_tokens
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Collator:
         prompt_mask: the tokens before the first response, bool (B, W), W where the last prompt ends; padded on the left
             W is T.
         positions: positions whose logits some row's loss needs, int64 (P,).
+        supervised: places in the flattened batch whose next token is learned, int64 (N,).
         domain_ids: int64 (B,).
-        What depends on the data's values (W, P) is worked out here, so that no step waits for an accelerator.
+        What depends on the data's values (W, P, N) is worked out here, so that no step waits for an accelerator.
     """
 
     pad_token_id: int
@@ -76,5 +77,6 @@ class Collator:
             "labels": labels,
             "prompt_mask": prompt_mask[:, : max(starts_of_response)],
             "positions": supervised_positions(labels),
+            "supervised": supervised_tokens(labels),
             "domain_ids": torch.tensor([example.domain_id for example in examples]),
         }

@@ -17,6 +17,12 @@ def supervised_positions(labels_BT: Tensor) -> Tensor:
     return wanted_T.nonzero().squeeze(1)
 
 
+def supervised_tokens(labels_BT: Tensor) -> Tensor:
+    """Returns the places in the flattened batch whose next token is supervised, int64 (N,), ascending."""
+    wanted_BT = F.pad(labels_BT[:, 1:] != IGNORED, (0, 1))
+    return wanted_BT.flatten().nonzero().squeeze(1)
+
+
 def next_token_nll(logits_BPV: Tensor, labels_BT: Tensor, positions_P: Tensor) -> tuple[Tensor, Tensor]:
     """Returns (negative log-likelihood at each position, which of them are supervised), both (B, P).
 

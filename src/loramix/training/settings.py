@@ -19,6 +19,9 @@ class TrainingSettings:
     `router_learning_rate` and `losses` (weights of auxiliary losses by name, over the method's own) are ours. The
     router is a fresh small network beside experts that start near their end, so it has a learning rate of its own.
 
+    `head_chunk` rows of the language-model head are worked out at a time, where it is an ordinary linear; 0 asks the
+    model for all logits. Sums then differ in their last bits.
+
     `save_steps = 0` keeps no checkpoints but the one that an interrupt leaves.
 
     The weight of `routing_cross_entropy` is MoA's eta. Under Adam the size of a gradient does not matter, so eta does
@@ -37,6 +40,7 @@ class TrainingSettings:
     warmup_steps: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    head_chunk: int = 256
     activation_checkpointing: bool = False
     activation_checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)
     dataloader_num_workers: int = 0
@@ -46,8 +50,9 @@ class TrainingSettings:
     seed: int = 0
 
     def learned(self) -> dict[str, Any]:
-        """Returns the settings that what is learned depends on, or its log: all but those of checkpoints."""
-        return {name: value for name, value in asdict(self).items() if not name.startswith("save_")}
+        """Returns the settings that what is learned depends on, or its log: all but those of checkpoints and the
+        head's chunks."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith(("save_", "head_"))}
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values."""
@@ -59,7 +64,7 @@ class TrainingSettings:
         for name in at_least_1:
             if getattr(self, name) < 1:
                 found.append(f"{name} = {getattr(self, name)}: expected at least 1.")
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "head_chunk"):
             if not 0 <= getattr(self, name) < float("inf"):
                 found.append(f"{name} = {getattr(self, name)}: expected 0 or more.")
         found += self._loss_problems()

@@ -8,7 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-WHOLE = ("positions",)
+from loramix.losses import supervised_tokens
+
+WHOLE = ("positions", "supervised")
 """What belongs to the batch and not to its rows."""
 
 
@@ -29,7 +31,8 @@ def in_parts(batch: dict[str, Tensor], parts: int) -> Iterator[dict[str, Tensor]
     rows = len(batch["labels"])
     bounds = [rows * part // min(parts, rows) for part in range(min(parts, rows) + 1)]
     for first, last in pairwise(bounds):
-        yield {name: value if name in WHOLE else value[first:last] for name, value in batch.items()}
+        part = {name: value if name in WHOLE else value[first:last] for name, value in batch.items()}
+        yield {**part, "supervised": supervised_tokens(part["labels"])}
 
 
 class SmallerBatches:

@@ -15,13 +15,13 @@ from transformers import Trainer, TrainingArguments
 
 from loramix.errors import ConfigError
 from loramix.labels import IGNORED
-from loramix.losses import AUXILIARY, Seen, layer_correct, next_token_nll
-from loramix.models.head import head_can_choose, logits_at
+from loramix.losses import AUXILIARY, Seen, layer_correct
 from loramix.training.collapse import CollapseWatch
 from loramix.training.guard import StepGuard, divergence
 from loramix.training.keeper import StageKeeper, load_optimizer, load_weights, process_state, restore_random
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import SmallerBatches
+from loramix.training.supervised_loss import SupervisedLoss
 from loramix.training.tally import DomainTally
 from loramix.tuner import LoramixConfig
 from loramix.tuner.guide import ForwardGuide
@@ -122,7 +122,7 @@ class MixtureTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         """Read by Trainer: our loss is divided by the whole step's counts already."""
         self._step_tokens = self._step_rows = self._step_real = torch.ones(())
-        self._head_can_choose = head_can_choose(model)
+        self.language_loss = SupervisedLoss(model, settings.head_chunk)
 
     @property
     def tokens_seen(self) -> int:
@@ -177,16 +177,13 @@ class MixtureTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Returns this micro-batch's part of the step's loss."""
-        labels_BT = inputs["labels"]
-        unasked = {"labels", "positions"} if self._told else {"labels", "positions", "domain_ids", "prompt_mask"}
+        unasked = {"labels", "positions", "supervised"} | (set() if self._told else {"domain_ids", "prompt_mask"})
         asked = {k: v for k, v in inputs.items() if k not in unasked}
-        positions_P = inputs["positions"]
-        logits_BPV = logits_at(model, positions_P, can_choose=self._head_can_choose, **asked)
-        nll_BP, supervised_BP = next_token_nll(logits_BPV, labels_BT, positions_P)
+        nll_B, tokens_B = self.language_loss(model, asked, inputs)
         domain_ids_B = inputs["domain_ids"]
-        self.tally.add(domain_ids_B, nll=nll_BP.sum(dim=1), tokens=supervised_BP.sum(dim=1))
-        self._step_nll = self._step_nll + nll_BP.detach().sum()
-        loss = nll_BP.sum() / self._step_tokens
+        self.tally.add(domain_ids_B, nll=nll_B, tokens=tokens_B)
+        self._step_nll = self._step_nll + nll_B.detach().sum()
+        loss = nll_B.sum() / self._step_tokens
         if self.auxiliary:
             loss = loss + self._auxiliary_loss(model, inputs)
         if self._told and (self.state.global_step + 1) % self.args.logging_steps == 0:
@@ -194,7 +191,7 @@ class MixtureTrainer(Trainer):
             self.watch.look(routed.routings, domain_ids_B, len(self.tally.domains))
         # Data parallelism averages gradients over processes; the counts above are over all of them.
         loss = loss * self.accelerator.num_processes
-        return (loss, {"logits": logits_BPV}) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def _auxiliary_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Returns this micro-batch's part of the step's auxiliary losses."""

@@ -1,0 +1,60 @@
+"""The loss of a frozen language-model head, some rows at a time: no tensor of all rows by the whole vocabulary.
+
+A head of 49,152 words on 1,024 tokens is 200 MB of logits, as much of their softmax, and as much of gradients. Each
+token's loss depends on its own state alone, so the gradient by that state can be worked out with the loss, while its
+logits are there, and only be multiplied later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def head_nll(states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk: int) -> Tensor:
+    """Returns the negative log-likelihood of each target in nats, fp32 (N,).
+
+    The same as cross_entropy(linear(states, weight, bias), targets, reduction="none"); neither weight nor bias gets a
+    gradient.
+
+    Args:
+        states_NH: last states, (N, H).
+        weight_VH: of the head, (V, H).
+        bias_V: of the head, or None.
+        targets_N: words, int64 (N,).
+        chunk: rows at a time.
+    """
+    nll_N: Tensor = _HeadNll.apply(  # type: ignore[no-untyped-call]
+        states_NH, weight_VH.detach(), bias_V, targets_N, chunk
+    )
+    return nll_N
+
+
+class _HeadNll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk: int
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        nll_N = torch.empty(len(states_NH), dtype=torch.float32, device=states_NH.device)
+        slopes_NH = torch.empty_like(states_NH) if wanted else None
+        for start in range(0, len(states_NH), chunk):
+            part = slice(start, start + chunk)
+            targets_C = targets_N[part, None]
+            logits_CV = F.linear(states_NH[part], weight_VH, bias_V).float()
+            log_sum_C = logits_CV.logsumexp(dim=1, keepdim=True)
+            nll_N[part] = (log_sum_C - logits_CV.gather(1, targets_C)).squeeze(1)
+            if slopes_NH is not None:
+                softmax_CV = logits_CV.sub_(log_sum_C).exp_()
+                softmax_CV.scatter_add_(1, targets_C, torch.full_like(log_sum_C, -1.0))
+                slopes_NH[part] = softmax_CV.to(weight_VH.dtype) @ weight_VH
+        ctx.save_for_backward(slopes_NH)
+        return nll_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        (slopes_NH,) = ctx.saved_tensors
+        return slopes_NH * grad_N[:, None].to(slopes_NH.dtype), None, None, None, None
