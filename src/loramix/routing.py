@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from loramix.errors import ConfigError
+from loramix.segments import Segments
 
 Level = Literal["sequence", "token"]
 
@@ -55,6 +56,7 @@ class Routing:
         mask: which of the S decisions count in losses and statistics, bool (S,).
         probabilities: the router's distribution before it selects, fp32 (S, E), where it has one; balance losses
             read it.
+        segments: where the rows lie if they are one after the other in one long row; None for rows of a batch.
     """
 
     ids: Tensor | None
@@ -63,6 +65,7 @@ class Routing:
     level: Level
     mask: Tensor
     probabilities: Tensor | None = None
+    segments: Segments | None = None
 
     def gates(self, num_experts: int) -> Tensor:
         """Returns the dense weights (S, E): `weights` at `ids`, zero elsewhere."""
@@ -102,6 +105,32 @@ class Routing:
             )
         slots: tuple[Routing, ...] = self.__dict__["_slots"]
         return slots
+
+    def id_lists(self) -> list[list[int]]:
+        """Returns each of the K choices of all places, as numbers; looked up once, which waits for the device."""
+        if "_id_lists" not in self.__dict__:
+            self.__dict__["_id_lists"] = self.chosen().T.tolist()
+        lists: list[list[int]] = self.__dict__["_id_lists"]
+        return lists
+
+    def by_token(self) -> Routing:
+        """Returns the same decisions for each token of rows that lie one after the other; made once. A routing by
+        token, or of rows of a batch, is returned as it is."""
+        if self.level == "token" or self.segments is None:
+            return self
+        if "_by_token" not in self.__dict__:
+            spread = self.segments.spread
+            self.__dict__["_by_token"] = replace(
+                self,
+                ids=None if self.ids is None else spread(self.ids),
+                weights=spread(self.weights),
+                logits=None if self.logits is None else spread(self.logits),
+                probabilities=None if self.probabilities is None else spread(self.probabilities),
+                mask=spread(self.mask),
+                level="token",
+            )
+        by_token: Routing = self.__dict__["_by_token"]
+        return by_token
 
     def expanded(self, rows: int) -> Routing:
         """Returns the same decisions for `rows` rows, each repeated in place (beams follow their prompt)."""
@@ -167,6 +196,8 @@ class Call:
         pooled: by scope, what a router took in while the base read the prompt, (B, I).
         routings: by scope, in forward order: what each router decided.
         outputs: by module, what its experts made of a sample of tokens; only for losses that compare experts.
+        segments: where the rows lie if the batch is one long row of them, T = N; None for rows of a batch. What is
+            (B, T) elsewhere is then (1, N), what is (B,) stays.
     """
 
     mask_BT: Tensor
@@ -182,6 +213,12 @@ class Call:
     pooled: dict[str, Tensor] = field(default_factory=dict)
     routings: dict[str, Routing] = field(default_factory=dict)
     outputs: dict[str, ExpertOutputs] = field(default_factory=dict)
+    segments: Segments | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many sequences there are, B."""
+        return len(self.mask_BT) if self.segments is None else self.segments.count
 
     def snapshot(self) -> Call:
         """Returns a copy with its own dicts, so that a recomputed layer neither sees nor changes later records."""

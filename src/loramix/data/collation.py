@@ -46,6 +46,7 @@ class Collator:
             W is T.
         positions: positions whose logits some row's loss needs, int64 (P,).
         supervised: places in the flattened batch whose next token is learned, int64 (N,).
+        supervised_rows: the row of each, int64 (N,).
         domain_ids: int64 (B,).
         What depends on the data's values (W, P, N) is worked out here, so that no step waits for an accelerator.
     """
@@ -71,12 +72,14 @@ class Collator:
             labels[row, place] = torch.where(supervised, tokens, IGNORED)
             starts_of_response.append(start + example.encoded.prompt_length)
             prompt_mask[row, start : starts_of_response[-1]] = True
+        supervised_N = supervised_tokens(labels)
         return {
             "input_ids": ids,
             "attention_mask": mask,
             "labels": labels,
             "prompt_mask": prompt_mask[:, : max(starts_of_response)],
             "positions": supervised_positions(labels),
-            "supervised": supervised_tokens(labels),
+            "supervised": supervised_N,
+            "supervised_rows": supervised_N // width,
             "domain_ids": torch.tensor([example.domain_id for example in examples]),
         }

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from loramix.experts.by_segment import by_segment
 from loramix.experts.fused import gated, up
 from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
@@ -33,6 +34,8 @@ top 2 (benchmarks/step_cost.py): even at 128 to 256; on a GPU the crossing lies 
 def gates_like(x_BTI: Tensor, routing: Routing, num_experts: int) -> Tensor:
     """Returns the dense gates in the shape of x: (B, 1, E) for a sequence routing, (B, T, E) for a token routing."""
     gates_SE = routing.gates(num_experts).to(x_BTI.dtype)
+    if routing.level == "sequence" and routing.segments is not None:
+        return routing.segments.spread(gates_SE)[None]
     if routing.level == "sequence":
         return gates_SE[:, None, :]
     return gates_SE.reshape(x_BTI.shape[0], x_BTI.shape[1], num_experts)
@@ -83,6 +86,8 @@ def per_sequence(
             "Use backend 'concat', 'grouped' or 'loop' with token routers."
         )
     weights_BK, ids_BK = routing.weights.to(x_BTI.dtype), routing.chosen()
+    if routing.segments is not None:
+        return by_segment(y_BTO, x_BTI, A_ERI, B_EOR, routing, scaling)
     for k in range(ids_BK.shape[1]):
         down_BRI = A_ERI[ids_BK[:, k]] if A_ERI.shape[0] > 1 else A_ERI.expand(len(ids_BK), -1, -1)
         up_BOR = B_EOR[ids_BK[:, k]] if B_EOR.shape[0] > 1 else B_EOR.expand(len(ids_BK), -1, -1)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from loramix.experts import ffn, fused_ffn
 from loramix.experts.apply import BACKENDS, choose, gates_by_token
+from loramix.experts.by_segment import fused_by_segment
 from loramix.experts.config import BankConfig
 from loramix.experts.fused import can_fuse, fused
 from loramix.routing import ExpertOutputs, Routing
@@ -85,6 +86,10 @@ class LoraBank(nn.Module):
             assert isinstance(base_layer, nn.Linear)
             gates_NE = gates_by_token(dropped_BTI, routing, max(len(A_ERI), len(B_EOR)))
             return fused(base_layer, x_BTI, dropped_BTI, A_ERI, B_EOR, gates_NE, self.scaling)
+        by_rows = name == "per_sequence" and routing.segments is not None
+        if by_rows and self.backend == "auto" and can_fuse(base_layer, x_BTI, A_ERI):
+            assert isinstance(base_layer, nn.Linear)
+            return fused_by_segment(base_layer, x_BTI, dropped_BTI, A_ERI, B_EOR, routing, self.scaling)
         y_BTO = base_layer(x_BTI)
         added = BACKENDS[name](y_BTO.to(dropped_BTI.dtype), dropped_BTI, A_ERI, B_EOR, routing, self.scaling)
         return added.to(y_BTO.dtype)
@@ -150,14 +155,25 @@ class LoraBank(nn.Module):
         return self.scaling * torch.einsum("bter,eor->bteo", code_BTER, self.B_EOR)
 
     def sampled_outputs(self, x_BTI: Tensor, routing: Routing) -> ExpertOutputs:
-        """Returns what the chosen experts make of a sample of tokens, evenly spaced over the batch."""
-        x_NI = x_BTI.reshape(-1, x_BTI.shape[-1])
-        step = max(1, len(x_NI) // SAMPLED_TOKENS)
-        x_SI, ids_SK = x_NI[::step].to(self.A_ERI.dtype), routing.chosen()[::step]
+        """Returns what the chosen experts make of a sample of real tokens, evenly spaced over those of the batch: the
+        same ones however the batch is padded."""
+        places_S, mask_S = evenly_spaced(routing.mask, SAMPLED_TOKENS)
+        x_SI = x_BTI.reshape(-1, x_BTI.shape[-1])[places_S].to(self.A_ERI.dtype)
+        ids_SK = routing.chosen()[places_S]
         outputs_SEO = self.each_output(x_SI[None])[0]
         picked_SKO = outputs_SEO.gather(1, ids_SK[:, :, None].expand(-1, -1, outputs_SEO.shape[-1]))
-        mask_SK = routing.mask[::step, None].expand_as(ids_SK)
+        mask_SK = mask_S[:, None].expand_as(ids_SK)
         return ExpertOutputs(ids_SK.flatten(), picked_SKO.flatten(0, 1), mask_SK.flatten())
+
+
+def evenly_spaced(mask_N: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Returns places of True in a mask, evenly spaced among them, int64 (most,), and which of them count: where there
+    are fewer than `most`, some are named twice. The shapes do not depend on the mask, so nothing waits for a device."""
+    so_far_N = mask_N.cumsum(0)
+    wanted_S = torch.arange(most, device=mask_N.device) * so_far_N[-1] // most
+    places_S = torch.searchsorted(so_far_N, wanted_S, right=True).clamp(max=len(mask_N) - 1)
+    first_S = torch.nn.functional.pad(wanted_S[1:] != wanted_S[:-1], (1, 0), value=True)
+    return places_S, first_S & mask_N[places_S]
 
 
 def one_expert(x_BTI: Tensor) -> Routing:

@@ -56,7 +56,11 @@ def _weighted(routings: Iterable[Routing], kinds_B: Tensor, delta: float) -> Ite
         if routing.probabilities is None or routing.level != "token":
             continue
         experts = routing.probabilities.shape[1]
-        counted_BTE = (routing.probabilities * routing.mask[:, None]).view(rows, -1, experts)
+        counted_NE = routing.probabilities * routing.mask[:, None]
+        if routing.segments is not None:
+            counted_BE = routing.segments.sums(counted_NE)
+        else:
+            counted_BE = counted_NE.view(rows, -1, experts).sum(dim=1)
         groups_E = (torch.arange(experts, device=kinds_B.device) * 2) // experts
         push_EB = torch.where(groups_E[:, None] == kinds_B[None, :], 1 + delta, 1 - delta)
-        yield push_EB * counted_BTE.sum(dim=1).T
+        yield push_EB * counted_BE.T

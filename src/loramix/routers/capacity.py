@@ -78,24 +78,27 @@ class CapacityRouter(nn.Module):
             weights_NK = weights_NK / weights_NK.sum(dim=1, keepdim=True).clamp(min=1e-9)
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if factor is not None:
-            weights_NK = weights_NK * self.has_room(ids_NK, weights_NK > 0, call.mask_BT, factor)
+            weights_NK = weights_NK * self.has_room(ids_NK, weights_NK > 0, call, factor)
         return Routing(ids_NK, weights_NK, logits_NE, "token", call.mask_BT.flatten(), gates_NE)
 
-    def has_room(self, ids_NK: Tensor, served_NK: Tensor, mask_BT: Tensor, factor: float) -> Tensor:
+    def has_room(self, ids_NK: Tensor, served_NK: Tensor, call: Call, factor: float) -> Tensor:
         """Returns which choices find room with their expert, bool (N, K); padding and dropped gates take none.
 
         Args:
             ids_NK: the chosen experts.
             served_NK: whether the choice has a weight at all, bool (N, K).
-            mask_BT: real tokens.
+            call: says which tokens are real and where rows end.
             factor: of the capacity.
         """
-        batch, length = mask_BT.shape
         experts, k = self.w_EI.shape[0], ids_NK.shape[1]
         experts_E = torch.arange(experts, device=ids_NK.device)
         chosen_NKE = (ids_NK[:, :, None] == experts_E) & served_NK[:, :, None]
-        taken_NE = chosen_NKE.sum(dim=1) * mask_BT.reshape(-1, 1)
-        places_BTE = taken_NE.view(batch, length, experts).cumsum(dim=1)
-        capacity_B = torch.ceil(factor * k * mask_BT.sum(dim=1) / experts)
+        taken_NE = chosen_NKE.sum(dim=1) * call.mask_BT.reshape(-1, 1)
+        if call.segments is not None:
+            capacity_B = torch.ceil(factor * k * call.segments.sums(call.mask_BT[0].long()) / experts)
+            fits_NE = call.segments.running(taken_NE) <= call.segments.spread(capacity_B)[:, None]
+            return fits_NE.gather(1, ids_NK)
+        places_BTE = taken_NE.view(*call.mask_BT.shape, experts).cumsum(dim=1)
+        capacity_B = torch.ceil(factor * k * call.mask_BT.sum(dim=1) / experts)
         fits_BTE = places_BTE <= capacity_B[:, None, None]
         return fits_BTE.view(-1, experts).gather(1, ids_NK)

@@ -46,6 +46,6 @@ class ConstantRouter(nn.Module):
 
     def forward(self, x_BTI: Tensor, call: Call, scope: str, outputs: Callable[[], Tensor]) -> Routing:
         """Returns the same weights for each sequence."""
-        rows = x_BTI.shape[0]
+        rows = call.rows
         mask_B = torch.ones(rows, dtype=torch.bool, device=x_BTI.device)
         return Routing(None, self.weights_E.expand(rows, -1), None, "sequence", mask_B)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from loramix.routers.abstention import Abstention
 from loramix.routers.base import SettledBy, Site, new_weight
 from loramix.routing import Call, Level, Routing, last_true
+from loramix.segments import Segments
 
 POOLINGS = ("last", "mean")
 READS = ("base", "experts")
@@ -96,8 +97,20 @@ class SequenceRouter(nn.Module):
         self.w_out_EH = new_weight(num_experts, hidden)
         self.abstention: Abstention | None = None
 
-    def pool(self, x_BTI: Tensor, prompt_mask_BT: Tensor) -> Tensor:
-        """Returns one state per sequence in fp32, (B, I), from prompt positions only."""
+    def pool(self, x_BTI: Tensor, prompt_mask_BT: Tensor, segments: Segments | None = None) -> Tensor:
+        """Returns one state per sequence in fp32, (B, I), from prompt positions only.
+
+        Args:
+            x_BTI: states.
+            prompt_mask_BT: what may be read.
+            segments: where the rows lie if they are one long row.
+        """
+        if segments is not None:
+            x_NI, prompt_mask_N = x_BTI[0], prompt_mask_BT[0]
+            if self.config.pooling == "last":
+                return x_NI[segments.last_true(prompt_mask_N)].float()
+            counts_B = segments.sums(prompt_mask_N.long()).clamp(min=1)
+            return segments.sums(x_NI.float() * prompt_mask_N[:, None]) / counts_B[:, None]
         if self.config.pooling == "last":
             rows = torch.arange(x_BTI.shape[0], device=x_BTI.device)
             return x_BTI[rows, last_true(prompt_mask_BT)].float()
@@ -135,7 +148,7 @@ class SequenceRouter(nn.Module):
             return self.decide(call.pooled[scope], call)
         if self.config.reads_base and call.expert_ids_B is not None:
             return self._hard(call.expert_ids_B, None, call)
-        return self.decide(self.pool(x_BTI, call.prompt_mask_BT), call)
+        return self.decide(self.pool(x_BTI, call.prompt_mask_BT, call.segments), call)
 
     @torch.no_grad()
     def with_expert(self, w_in_UI: Tensor, w_row_H: Tensor) -> SequenceRouter:
@@ -161,5 +174,5 @@ class SequenceRouter(nn.Module):
             weights=(chosen_B >= 0).to(self.w_out_EH.dtype)[:, None],
             logits=logits_BE,
             level="sequence",
-            mask=call.prompt_mask_BT.any(dim=1),
+            mask=call.prompt_mask_BT.any(dim=1) if call.segments is None else call.segments.any(call.prompt_mask_BT[0]),
         )

@@ -19,6 +19,10 @@ class TrainingSettings:
     `router_learning_rate` and `losses` (weights of auxiliary losses by name, over the method's own) are ours. The
     router is a fresh small network beside experts that start near their end, so it has a learning rate of its own.
 
+    `padding_free` puts the rows of a micro-batch one after the other into one long row, each with its own positions,
+    attention and routing, where the base keeps them apart (it is tried once); false pads them. Sums differ in their
+    last bits, dropout in what it drops.
+
     `head_chunk` rows of the language-model head are worked out at a time, where it is an ordinary linear; 0 asks the
     model for all logits. Sums then differ in their last bits.
 
@@ -40,6 +44,7 @@ class TrainingSettings:
     warmup_steps: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    padding_free: bool = True
     head_chunk: int = 256
     activation_checkpointing: bool = False
     activation_checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from loramix.data.padding_free import some_rows
 from loramix.losses import supervised_tokens
 
-WHOLE = ("positions", "supervised")
+WHOLE = ("positions", "supervised", "supervised_rows")
 """What belongs to the batch and not to its rows."""
 
 
@@ -21,18 +23,35 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def in_parts(batch: dict[str, Tensor], parts: int) -> Iterator[dict[str, Tensor]]:
+def in_parts(batch: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
     """Yields a batch's rows in so many parts, as even as can be; fewer where it has fewer rows.
 
     Args:
-        batch: tensors (B, ...), but for those in WHOLE.
+        batch: as `Collator` or `PaddingFreeCollator` makes it.
         parts: how many.
     """
-    rows = len(batch["labels"])
+    rows = len(batch["domain_ids"])
     bounds = [rows * part // min(parts, rows) for part in range(min(parts, rows) + 1)]
+    if len(bounds) == 2:
+        yield batch
+        return
     for first, last in pairwise(bounds):
-        part = {name: value if name in WHOLE else value[first:last] for name, value in batch.items()}
-        yield {**part, "supervised": supervised_tokens(part["labels"])}
+        yield some_rows(batch, first, last) if "cu_seq_lens_q" in batch else _padded_rows(batch, first, last)
+
+
+def real_tokens(batch: dict[str, Any]) -> Tensor:
+    """Returns how many tokens of a batch are not padding, a scalar."""
+    if "attention_mask" in batch:
+        mask_BT: Tensor = batch["attention_mask"]
+        return mask_BT.sum()
+    ids_1N: Tensor = batch["input_ids"]
+    return torch.tensor(ids_1N.numel(), device=ids_1N.device)
+
+
+def _padded_rows(batch: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+    part = {name: value if name in WHOLE else value[first:last] for name, value in batch.items()}
+    supervised_N = supervised_tokens(part["labels"])
+    return {**part, "supervised": supervised_N, "supervised_rows": supervised_N // part["labels"].shape[1]}
 
 
 class SmallerBatches:
@@ -46,15 +65,15 @@ class SmallerBatches:
 
     def __init__(self) -> None:
         self.parts = 1
-        self._step: Sequence[dict[str, Tensor]] = ()
+        self._step: Sequence[dict[str, Any]] = ()
         self._place = 0
 
-    def begin_step(self, batches: Sequence[dict[str, Tensor]]) -> None:
+    def begin_step(self, batches: Sequence[dict[str, Any]]) -> None:
         """Takes the micro-batches of a step, which will be learned in their order."""
         self._step, self._place = batches, 0
 
     def learn(
-        self, batch: dict[str, Tensor], learn: Callable[[dict[str, Tensor]], Tensor], undo: Callable[[], None]
+        self, batch: dict[str, Any], learn: Callable[[dict[str, Any]], Tensor], undo: Callable[[], None]
     ) -> Tensor:
         """Learns the next micro-batch and returns its loss. Where memory runs out, the step is undone, because its
         gradients may hold half of a backward, and learned again in parts half as large.
@@ -68,7 +87,7 @@ class SmallerBatches:
             MemoryError: a single row is too much.
         """
         self._place += 1
-        earlier: Sequence[dict[str, Tensor]] = ()
+        earlier: Sequence[dict[str, Any]] = ()
         while True:
             try:
                 for one in earlier:
@@ -77,11 +96,11 @@ class SmallerBatches:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                if self.parts >= len(batch["labels"]):
+                if self.parts >= len(batch["domain_ids"]):
                     raise MemoryError from error
             self.parts, earlier = self.parts * 2, self._step[: self._place - 1]
             torch.cuda.empty_cache()
             undo()
 
-    def _learned(self, batch: dict[str, Tensor], learn: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+    def _learned(self, batch: dict[str, Any], learn: Callable[[dict[str, Any]], Tensor]) -> Tensor:
         return torch.stack([learn(part) for part in in_parts(batch, self.parts)]).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import set_seed
 from loramix.checkpoints.store import Checkpoint
 from loramix.data.collation import Collator, Example
 from loramix.data.mixing import MixtureSampler
+from loramix.data.padding_free import PaddingFreeCollator
+from loramix.models.segment_attention import keeps_segments_apart, segment_attention
 from loramix.training.keeper import PutBackSums, StageKeeper
 from loramix.training.progress import TrainingProgress
 from loramix.training.settings import TrainingSettings
@@ -72,6 +75,7 @@ def train_stage(
         batch_size=settings.per_device_train_batch_size,
         seed=settings.seed,
     )
+    padding_free = settings.padding_free and keeps_segments_apart(model)
     found = _begin(keeper, title, console)
     progress = TrainingProgress(title, log_file, console)
     stop = StopAtStepEnd()
@@ -84,7 +88,7 @@ def train_stage(
         kinds=kinds,
         args=training_arguments(settings, str(output_dir)),
         train_dataset=everything,
-        data_collator=Collator(pad_token_id),
+        data_collator=PaddingFreeCollator() if padding_free else Collator(pad_token_id),
         callbacks=[progress, stop],
         keeper=keeper,
         say=lambda line: console.print(f"{title}: {line}", highlight=False, soft_wrap=True),
@@ -93,7 +97,7 @@ def train_stage(
     trainer.pop_callback(_printer())
     if found is not None:
         trainer.add_callback(PutBackSums(trainer, found.folder))
-    with stop:
+    with stop, segment_attention(model) if padding_free else nullcontext():
         done = trainer.train(resume_from_checkpoint=str(found.folder) if found is not None else None)
     stop.raise_if_stopped(title, done.global_step, trainer.state.max_steps, saved=keeper is not None)
     trainer.end_well()

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loramix.labels import IGNORED
 from loramix.losses import head_nll, next_token_nll
 from loramix.models.head import head_can_choose, logits_at
 from loramix.models.last_states import agrees, last_states, plain_head
@@ -37,10 +36,11 @@ class SupervisedLoss:
         Args:
             model: the model as it is called: perhaps wrapped for data parallelism.
             inputs: of its forward.
-            batch: labels, positions and supervised, as `Collator` gives them.
+            batch: labels, positions and what is supervised, as `Collator` or `PaddingFreeCollator` gives them.
         """
-        labels_BT, supervised_N = batch["labels"], batch["supervised"]
-        tokens_B = (labels_BT[:, 1:] != IGNORED).sum(dim=1)
+        labels_BT, rows_N = batch["labels"], batch["supervised_rows"]
+        no_tokens_B = torch.zeros_like(batch["domain_ids"])
+        tokens_B = no_tokens_B.index_add(0, rows_N, torch.ones_like(rows_N))
         if self._head is not None:
             asked = batch["positions"][:1] if not self._checked else batch["positions"][:0]
             with last_states(self._model) as seen:
@@ -48,13 +48,15 @@ class SupervisedLoss:
             states_BTH = seen[-1]
             if self._checked or agrees(logits_B1V[:, 0], states_BTH[:, asked[0]], self._head):
                 self._checked = True
-                nll_N = self._nll(states_BTH, labels_BT, supervised_N)
-                rows_N = supervised_N // labels_BT.shape[1]
-                return torch.zeros_like(tokens_B, dtype=nll_N.dtype).index_add(0, rows_N, nll_N), tokens_B
+                nll_N = self._nll(states_BTH, labels_BT, batch["supervised"])
+                return torch.zeros_like(no_tokens_B, dtype=nll_N.dtype).index_add(0, rows_N, nll_N), tokens_B
             self._head = None
         logits_BPV = logits_at(model, batch["positions"], can_choose=self._can_choose, **inputs)
         nll_BP, _ = next_token_nll(logits_BPV, labels_BT, batch["positions"])
-        return nll_BP.sum(dim=1), tokens_B
+        if len(labels_BT) == len(tokens_B):
+            return nll_BP.sum(dim=1), tokens_B
+        # One long row of several: each position is one row's.
+        return torch.zeros_like(no_tokens_B, dtype=nll_BP.dtype).index_add(0, rows_N, nll_BP[0]), tokens_B
 
     def _nll(self, states_BTH: Tensor, labels_BT: Tensor, supervised_N: Tensor) -> Tensor:
         assert self._head is not None

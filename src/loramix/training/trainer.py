@@ -20,7 +20,7 @@ from loramix.training.collapse import CollapseWatch
 from loramix.training.guard import StepGuard, divergence
 from loramix.training.keeper import StageKeeper, load_optimizer, load_weights, process_state, restore_random
 from loramix.training.settings import TrainingSettings
-from loramix.training.smaller_batches import SmallerBatches
+from loramix.training.smaller_batches import WHOLE, SmallerBatches, real_tokens
 from loramix.training.supervised_loss import SupervisedLoss
 from loramix.training.tally import DomainTally
 from loramix.tuner import LoramixConfig
@@ -159,9 +159,9 @@ class MixtureTrainer(Trainer):
         self.smaller.begin_step(batches)
         self._tally_before = self.tally.copy()
         self._step_nll = torch.zeros((), device=device)
-        rows = sum(len(batch["labels"]) for batch in batches)
+        rows = sum(len(batch["domain_ids"]) for batch in batches)
         supervised = [(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]
-        real = [batch["attention_mask"].sum() for batch in batches]
+        real = [real_tokens(batch) for batch in batches]
         counts = torch.stack(
             [torch.stack(supervised).sum(), torch.full_like(supervised[0], rows), torch.stack(real).sum()]
         ).to(device, torch.float32)
@@ -177,7 +177,7 @@ class MixtureTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Returns this micro-batch's part of the step's loss."""
-        unasked = {"labels", "positions", "supervised"} | (set() if self._told else {"domain_ids", "prompt_mask"})
+        unasked = {"labels", *WHOLE} | (set() if self._told else {"domain_ids", "prompt_mask"})
         asked = {k: v for k, v in inputs.items() if k not in unasked}
         nll_B, tokens_B = self.language_loss(model, asked, inputs)
         domain_ids_B = inputs["domain_ids"]
@@ -202,7 +202,7 @@ class MixtureTrainer(Trainer):
         )
         shares = {
             "rows": len(domain_ids_B) / self._step_rows,
-            "tokens": inputs["attention_mask"].sum() / self._step_real,
+            "tokens": real_tokens(inputs) / self._step_real,
         }
         total = torch.zeros((), device=domain_ids_B.device)
         for name, weight in self.auxiliary.items():

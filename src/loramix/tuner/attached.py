@@ -95,7 +95,7 @@ class AttachedLosses:
                 f"attached losses ({', '.join(self.weights)}) need the domain of each row, but the forward got no "
                 "domain_ids. Keep the domain column: loramix.DomainCollator puts it into the batch."
             )
-        rows = call.mask_BT.shape[0]
+        rows = call.rows
         labels_B = call.labels_B if call.labels_B is not None else torch.zeros(rows, dtype=torch.int64)
         kinds = torch.tensor(list(self.kinds or [0] * (int(labels_B.max()) + 1)), device=labels_B.device)
         seen = Seen(call.routings, call.outputs, labels_B, kinds[labels_B])

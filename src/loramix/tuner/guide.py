@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,13 +20,15 @@ from torch.utils.hooks import RemovableHandle
 
 from loramix.errors import ConfigError
 from loramix.routing import Call, PromptRead, Routing, RoutingContext, copies_per_row
+from loramix.segments import BORDERS
 from loramix.tuner.abstaining import Calibrated, calibration_of, held_experts
 from loramix.tuner.attached import AttachedLosses
 from loramix.tuner.checkpointing import CheckpointGuard
 from loramix.tuner.decisions import last_scope_needed
-from loramix.tuner.masks import cached_tokens, prompt_tokens, prompt_width, real_tokens
+from loramix.tuner.masks import cached_tokens, prompt_tokens, prompt_width, real_tokens, segments_of
 from loramix.tuner.mixture import Mixture, checked_ids
 from loramix.tuner.persistence import TransformersLoad
+from loramix.tuner.prompts import prompts_alone
 from loramix.tuner.quantised import refuse_without_gradient
 
 _NAME = "loramix_guide"
@@ -103,14 +106,14 @@ class ForwardGuide:
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
-        rows, length = inputs.shape[:2]
-        mask_BT = real_tokens(kwargs.get("attention_mask"), rows, length, inputs.device)
-        self.context.call = None
+        mask_BT = real_tokens(kwargs.get("attention_mask"), inputs)
+        call = Call(mask_BT=mask_BT, prompt_mask_BT=mask_BT, segments=segments_of(inputs, kwargs))
+        self.context.call, rows = None, call.rows
         if mixture.settled_by != "prompt":
-            self.context.call = self._unsettled(mask_BT, domain_ids, mixture, inputs)
-            self.context.call.labels_B = None if domain_ids is None else domain_ids.to(inputs.device)
+            self._tell_domains(call, domain_ids, mixture, inputs)
+            self.context.call = call
             return args, kwargs
-        call = Call(mask_BT=mask_BT, prompt_mask_BT=prompt_tokens(prompt_mask, kwargs.get("labels"), mask_BT))
+        call.prompt_mask_BT = prompt_tokens(prompt_mask, kwargs.get("labels"), mask_BT, call.segments)
         call.prompt_width = prompt_width(prompt_mask, call.prompt_mask_BT)
         if domain_ids is not None:
             call.labels_B = call.expert_ids_B = checked_ids(domain_ids, rows, mixture, inputs.device)
@@ -134,11 +137,12 @@ class ForwardGuide:
         self.context.call = call
         return args, kwargs
 
-    def _unsettled(self, mask_BT: Tensor, domain_ids: Tensor | None, mixture: Mixture, inputs: Tensor) -> Call:
-        """Returns the call of a method whose routers settle no sequence: by token, by constants, or told the domain."""
-        call = Call(mask_BT=mask_BT, prompt_mask_BT=mask_BT)
+    def _tell_domains(self, call: Call, domain_ids: Tensor | None, mixture: Mixture, inputs: Tensor) -> None:
+        """Tells the call of a method whose routers settle no sequence (by token, by constants, told the domain) what is
+        known of its rows."""
+        call.labels_B = None if domain_ids is None else domain_ids.to(inputs.device)
         if mixture.settled_by == "domain":
-            rows = len(mask_BT)
+            rows = call.rows
             if domain_ids is not None:
                 call.domain_ids_B = checked_ids(domain_ids, rows, mixture, inputs.device)
             elif isinstance(self._settled, Tensor):
@@ -149,7 +153,6 @@ class ForwardGuide:
                     f"domain_ids. Pass domain_ids, an int64 tensor of {rows} positions among the domains "
                     f"({', '.join(mixture.labels)})."
                 )
-        return call
 
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Remembers with which routing a key-value cache was filled, and hangs attached losses on the output of a
@@ -243,7 +246,7 @@ class ForwardGuide:
         if calibrated is not None:
             upto = max(upto, calibrated.layer, key=mixture.scopes.index)
         if not mixture.reads_base:
-            own = Call(call.mask_BT, call.prompt_mask_BT, stop_after=upto, allowed_BE=call.allowed_BE)
+            own = replace(call.snapshot(), stop_after=upto, pooled={})
             self._run(inputs, kwargs, own)
             return own.routings
         self._read_base(inputs, kwargs, call, upto)
@@ -255,12 +258,8 @@ class ForwardGuide:
     @torch.no_grad()
     def _read_base(self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call, upto: str) -> None:
         """Lets the base alone read the prompts, no further than they go, and keeps what the routers take in."""
-        width = call.prompt_width or call.prompt_mask_BT.shape[1]
-        masks = call.mask_BT[:, :width], call.prompt_mask_BT[:, :width]
-        own = Call(mask_BT=masks[0], prompt_mask_BT=masks[1], base_only=True, stop_after=upto)
-        cut = {k: v[..., :width] if k == "position_ids" and v is not None else v for k, v in kwargs.items()}
-        cut["attention_mask"] = masks[0].long()
-        self._run(inputs[:, :width], cut, own)
+        alone, cut, own = prompts_alone(inputs, kwargs, call, upto)
+        self._run(alone, cut, own)
         call.pooled = own.pooled
 
     def _run(self, inputs: Tensor, kwargs: Mapping[str, Any], call: Call) -> None:
@@ -270,6 +269,7 @@ class ForwardGuide:
         if positions is None and isinstance(mask, Tensor) and mask.dim() == 2:
             positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         reading: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
+        reading |= {name: kwargs[name] for name in BORDERS if name in kwargs}
         if positions is not None:
             reading["position_ids"] = positions
         reading["inputs_embeds" if inputs.is_floating_point() else "input_ids"] = inputs

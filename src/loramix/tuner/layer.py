@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -118,10 +119,11 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         assert scope is not None
         if adapter in self.loramix_router:
             if scope in call.carried:
-                call.routings[scope] = call.carried[scope].expanded(x_BTI.shape[0])
+                routing = call.carried[scope].expanded(call.rows)
             else:
                 outputs = partial(self.bank(adapter).each_output, x_BTI)
-                call.routings[scope] = self.router(adapter)(x_BTI, call, scope, outputs)
+                routing = self.router(adapter)(x_BTI, call, scope, outputs)
+            call.routings[scope] = routing if call.segments is None else replace(routing, segments=call.segments)
             self.context.passed(scope)
         return call.routings[scope]
 
@@ -129,7 +131,7 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         """Lets the router, if it sits here, take in what the base alone has made of the prompt."""
         scope = self.loramix_places[adapter].scope
         if adapter in self.loramix_router and scope is not None:
-            call.pooled[scope] = self.router(adapter).pool(x_BTI, call.prompt_mask_BT)
+            call.pooled[scope] = self.router(adapter).pool(x_BTI, call.prompt_mask_BT, call.segments)
             self.context.passed(scope)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -152,7 +154,7 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
             return bank(base_layer, x[None], one_expert(x[None]))[0]
         call = self.context.current()
         if place.half == "contract":
-            return bank.contract(base_layer, x, call.routings[place.scope])
+            return bank.contract(base_layer, x, call.routings[place.scope].by_token())
         x_BTI = x if x.dim() == 3 else x.view(*call.mask_BT.shape, -1)
         if call.base_only:
             self.read(adapter, x_BTI, call)
@@ -161,7 +163,7 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         if place.keeps_outputs and self.training:
             call.outputs[self.name] = bank.sampled_outputs(x_BTI, routing)
         if place.half == "expand":
-            return bank.expand(base_layer, x_BTI, routing)
+            return bank.expand(base_layer, x_BTI, routing.by_token())
         added: Tensor = bank(base_layer, x_BTI, routing)
         return added.view(*x.shape[:-1], -1)
 
