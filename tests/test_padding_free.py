@@ -29,7 +29,7 @@ from loramix.models.segment_attention import NAME, keeps_segments_apart, segment
 from loramix.routing import Routing
 from loramix.segments import Segments
 from loramix.training.settings import TrainingSettings
-from loramix.training.smaller_batches import in_parts
+from loramix.training.smaller_batches import in_parts, within
 from loramix.training.trainer import MixtureTrainer, training_arguments
 from loramix.tuner.guide import ForwardGuide
 from tests import method_cases as cases
@@ -78,6 +78,28 @@ def learned(model: Any, batch: dict[str, Any], losses: dict[str, float]) -> tupl
         loss.backward()
     said = {"loss": loss.detach(), "tokens": trainer.tokens_seen, "log": trainer.tally.drain()}
     return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}, said
+
+
+def stepped(model: Any, losses: dict[str, float], most: int) -> tuple[dict[str, Tensor], int]:
+    """The gradients of one step, and in how many parts it was learned."""
+    chosen = TrainingSettings(max_steps=1, tokens_at_once=most)
+    batch = PaddingFreeCollator()(examples())
+    trainer = MixtureTrainer(
+        model.train(),
+        settings=chosen,
+        domains=tiny.EXPERTS,
+        auxiliary=losses,
+        args=training_arguments(chosen, "unused"),
+        train_dataset=[batch],
+    )
+    batches, _ = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    asked: list[int] = []
+    plain = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: asked.append(1) or plain(*args, **kwargs)  # type: ignore[method-assign,func-returns-value]
+    model.zero_grad()
+    with segment_attention(model):
+        trainer.training_step(model, batches[0])
+    return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}, len(asked)
 
 
 @pytest.mark.parametrize("method", [*cases.CASES, "moa", "moa experts", "moa mean"])
@@ -161,6 +183,28 @@ def test_the_parts_of_a_long_row_are_the_batches_of_their_rows():
         assert part.keys() == right.keys()
         for name, value in right.items():
             assert torch.equal(torch.as_tensor(part[name]), torch.as_tensor(value)), name
+
+
+@pytest.mark.parametrize("collator", [Collator(tiny.PAD), PaddingFreeCollator()])
+@pytest.mark.parametrize(("most", "rows"), [(0, [4]), (1000, [4]), (24, [2, 2]), (13, [1, 1, 1, 1])])
+def test_no_part_is_longer_than_the_bound_but_a_longer_row(collator: Any, most: int, rows: list[int]):
+    batch = collator(examples())
+    parts = list(within(batch, most))
+    assert [len(part["domain_ids"]) for part in parts] == rows
+    assert torch.cat([part["domain_ids"] for part in parts]).tolist() == LABELS
+    for part in parts:
+        assert most == 0 or part["input_ids"].numel() <= most or len(part["domain_ids"]) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "moa", "mola"])
+def test_a_step_in_parts_is_the_step(method: str):
+    """Losses that are sums; those on a batch's statistics are the parts' own."""
+    losses = {"routing_cross_entropy": 0.1} if method == "moa" else {}
+    whole, _ = stepped(built(method), losses, 0)
+    parts, learned_parts = stepped(built(method), losses, 14)
+    assert learned_parts == 3
+    for name, wanted in whole.items():
+        torch.testing.assert_close(parts[name], wanted, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @settings(max_examples=60, deadline=None)

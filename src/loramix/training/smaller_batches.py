@@ -1,4 +1,4 @@
-"""A micro-batch that does not fit into memory is learned in parts: the same rows, the same sums."""
+"""A micro-batch that is long, or does not fit into memory, is learned in parts: the same rows, the same sums."""
 
 from __future__ import annotations
 
@@ -16,11 +16,45 @@ WHOLE = ("positions", "supervised", "supervised_rows")
 """What belongs to the batch and not to its rows."""
 
 
+PROCESSOR_TOKENS = 1024
+"""What a processor does at once: its caches hold some hundred tokens of a layer, and more run from memory."""
+
+
+def bound_of(tokens_at_once: int) -> int:
+    """Returns how many tokens are learned at once, 0 for no bound; -1 asks for what suits the device."""
+    if tokens_at_once >= 0:
+        return tokens_at_once
+    return 0 if torch.accelerator.is_available() else PROCESSOR_TOKENS
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Returns whether an exception says that memory ran out, of an accelerator or of the machine."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def within(batch: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:
+    """Yields a batch's rows in parts of at most so many tokens, padding counted; a longer row is a part by itself.
+
+    Args:
+        batch: as `Collator` or `PaddingFreeCollator` makes it.
+        most: tokens of a part; 0 for no bound.
+    """
+    if most == 0 or batch["input_ids"].numel() <= most:
+        yield batch
+        return
+    if "cu_seq_lens_q" in batch:
+        lengths = batch["cu_seq_lens_q"].diff().tolist()
+    else:
+        lengths = [batch["input_ids"].shape[1]] * len(batch["domain_ids"])
+    bounds, tokens = [0], 0
+    for row, length in enumerate(lengths):
+        if tokens and tokens + length > most:
+            bounds.append(row)
+            tokens = 0
+        tokens += length
+    yield from _cut(batch, [*bounds, len(lengths)])
 
 
 def in_parts(batch: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
@@ -32,6 +66,10 @@ def in_parts(batch: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
     """
     rows = len(batch["domain_ids"])
     bounds = [rows * part // min(parts, rows) for part in range(min(parts, rows) + 1)]
+    yield from _cut(batch, bounds)
+
+
+def _cut(batch: dict[str, Any], bounds: Sequence[int]) -> Iterator[dict[str, Any]]:
     if len(bounds) == 2:
         yield batch
         return
@@ -55,16 +93,20 @@ def _padded_rows(batch: dict[str, Any], first: int, last: int) -> dict[str, Any]
 
 
 class SmallerBatches:
-    """Learns the micro-batches of a step, each in as many parts as memory has turned out to need.
+    """Learns the micro-batches of a step, each in parts of a bounded length, and in as many as memory has turned out to
+    need.
 
     Losses on a batch's statistics are those of the parts then; all others are sums, and stay what they were.
 
+    Args:
+        most: tokens of a part; 0 for no bound.
+
     Attributes:
-        parts: of each micro-batch.
+        parts: into which memory has made each of those be cut.
     """
 
-    def __init__(self) -> None:
-        self.parts = 1
+    def __init__(self, most: int = 0) -> None:
+        self.most, self.parts = most, 1
         self._step: Sequence[dict[str, Any]] = ()
         self._place = 0
 
@@ -103,4 +145,5 @@ class SmallerBatches:
             undo()
 
     def _learned(self, batch: dict[str, Any], learn: Callable[[dict[str, Any]], Tensor]) -> Tensor:
-        return torch.stack([learn(part) for part in in_parts(batch, self.parts)]).sum()
+        parts = (part for some in within(batch, self.most) for part in in_parts(some, self.parts))
+        return torch.stack([learn(part) for part in parts]).sum()

@@ -20,7 +20,7 @@ from loramix.training.collapse import CollapseWatch
 from loramix.training.guard import StepGuard, divergence
 from loramix.training.keeper import StageKeeper, load_optimizer, load_weights, process_state, restore_random
 from loramix.training.settings import TrainingSettings
-from loramix.training.smaller_batches import WHOLE, SmallerBatches, real_tokens
+from loramix.training.smaller_batches import WHOLE, SmallerBatches, bound_of, real_tokens
 from loramix.training.supervised_loss import SupervisedLoss
 from loramix.training.tally import DomainTally
 from loramix.tuner import LoramixConfig
@@ -114,7 +114,7 @@ class MixtureTrainer(Trainer):
         self._tokens_seen = torch.zeros((), dtype=torch.float64)
         self.keeper = keeper
         self.guard = StepGuard(inside.config.get_text_config().vocab_size)
-        self.smaller, self.watch = SmallerBatches(), CollapseWatch()
+        self.smaller, self.watch = SmallerBatches(bound_of(settings.tokens_at_once)), CollapseWatch()
         self.say = say
         self.seconds_before, self._began = 0.0, time.monotonic()
         self._tally_before = self.tally.copy()
