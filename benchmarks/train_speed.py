@@ -8,6 +8,7 @@ its own way of putting batches together. The clock is CPU time of the training l
 ratios are taken within a round and their medians shown.
 
 `stock`         PEFT LoRA, transformers' Trainer, rows padded to the longest of a batch, transformers' loss.
+`stock-by-length`  the same with Trainer's grouping of like lengths.
 `trl-packing`   the same LoRA under TRL's SFTTrainer with packing.
 `lora`, `moa`, `mosld`, `mola`, `mixlora`  loramix; eight experts (each demo domain dealt out to two labels), the
                 method's own losses, as `loramix train` trains its last stage.
@@ -54,7 +55,7 @@ from loramix.training.settings import TrainingSettings
 from loramix.training.stages import train_stage
 from loramix.training.trainer import MixtureTrainer
 
-SIDES = ("stock", "trl-packing", "lora", "moa", "mosld", "mola", "mixlora", "loop")
+SIDES = ("stock", "stock-by-length", "trl-packing", "lora", "moa", "mosld", "mola", "mixlora", "loop")
 PACKED_LENGTH = 1024
 RATE = 1e-4
 
@@ -168,7 +169,7 @@ def prepared(args: argparse.Namespace) -> Work:
 
 def trained(side: str) -> Callable[[Work, str, Path, Loop], None]:
     """Returns what trains a side."""
-    return {"stock": _stock, "loop": _stock, "trl-packing": _trl}.get(side, _ours)
+    return {"stock": _stock, "stock-by-length": _stock, "loop": _stock, "trl-packing": _trl}.get(side, _ours)
 
 
 def _peft_lora(base: Any) -> Any:
@@ -185,12 +186,16 @@ def _dataset(rows: Sequence[Example]) -> Dataset:
 
 
 def _stock(work: Work, side: str, scratch: Path, loop: Loop) -> None:
-    if side == "stock":
+    if side != "loop":
         model = _peft_lora(work.base)
     else:
         shape = Shape(experts=8, rank=8, top_k=2, scaling=2.0)
         model = put_in(shared_copy(work.base), "mola", "loop+index_add", TARGETS["all-linear"], shape)
-    arguments = TrainingArguments(**_arguments(scratch), per_device_train_batch_size=work.batch)
+    arguments = TrainingArguments(
+        **_arguments(scratch),
+        per_device_train_batch_size=work.batch,
+        train_sampling_strategy="group_by_length" if side == "stock-by-length" else "random",
+    )
     collator = DataCollatorForSeq2Seq(work.tokenizer, padding=True, label_pad_token_id=IGNORED)
     Trainer(model, arguments, collator, _dataset(work.rows), callbacks=[Watch(loop)]).train()
 

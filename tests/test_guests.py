@@ -202,8 +202,9 @@ def test_what_cannot_be_taught_is_said():
 
 
 def test_our_own_trainer_does_not_add_them_twice(tmp_path: Path):
+    from loramix.training.arguments import training_arguments
     from loramix.training.settings import TrainingSettings
-    from loramix.training.trainer import MixtureTrainer, training_arguments
+    from loramix.training.trainer import MixtureTrainer
 
     model = tiny.moa()
     loramix.attach_losses(model)

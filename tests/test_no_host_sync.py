@@ -14,8 +14,9 @@ from loramix import LoramixConfig
 from loramix.data.collation import Collator, Example
 from loramix.data.prompts import Encoded
 from loramix.methods import METHODS
+from loramix.training.arguments import training_arguments
 from loramix.training.settings import TrainingSettings
-from loramix.training.trainer import MixtureTrainer, training_arguments
+from loramix.training.trainer import MixtureTrainer
 from tests import tiny
 
 LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero")

@@ -28,9 +28,10 @@ from loramix.methods import METHODS
 from loramix.models.segment_attention import NAME, keeps_segments_apart, segment_attention
 from loramix.routing import Routing
 from loramix.segments import Segments
+from loramix.training.arguments import training_arguments
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import in_parts, within
-from loramix.training.trainer import MixtureTrainer, training_arguments
+from loramix.training.trainer import MixtureTrainer
 from loramix.tuner.guide import ForwardGuide
 from tests import method_cases as cases
 from tests import tiny

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from loramix.data.collation import Collator, Example
 from loramix.data.prompts import Encoded
+from loramix.training.arguments import training_arguments
 from loramix.training.settings import TrainingSettings
 from loramix.training.stages import train_stage
-from loramix.training.trainer import MixtureTrainer, training_arguments
+from loramix.training.trainer import MixtureTrainer
 from tests import tiny
 
 SETTINGS = TrainingSettings(

@@ -16,11 +16,13 @@ from loramix.losses import supervised_positions, supervised_tokens
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded record, the position of its domain among the experts, and the record itself, for showing."""
+    """An encoded record, the position of its domain among the experts, the record itself, for showing, and its place
+    among the examples of a stage."""
 
     encoded: Encoded
     domain_id: int
     record: Record | None = None
+    place: int = 0
 
     @property
     def length(self) -> int:
@@ -47,7 +49,7 @@ class Collator:
         positions: positions whose logits some row's loss needs, int64 (P,).
         supervised: places in the flattened batch whose next token is learned, int64 (N,).
         supervised_rows: the row of each, int64 (N,).
-        domain_ids: int64 (B,).
+        domain_ids, places: int64 (B,).
         What depends on the data's values (W, P, N) is worked out here, so that no step waits for an accelerator.
     """
 
@@ -82,4 +84,5 @@ class Collator:
             "supervised": supervised_N,
             "supervised_rows": supervised_N // width,
             "domain_ids": torch.tensor([example.domain_id for example in examples]),
+            "places": torch.tensor([example.place for example in examples]),
         }

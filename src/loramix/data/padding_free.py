@@ -28,7 +28,7 @@ class PaddingFreeCollator:
             length, by the names transformers' attentions know.
         positions, supervised: places whose next token is learned, int64 (M,).
         supervised_rows: the example each of them belongs to, int64 (M,).
-        domain_ids: int64 (B,).
+        domain_ids, places: int64 (B,).
     """
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -40,12 +40,15 @@ class PaddingFreeCollator:
             torch.where(learned_N, ids_N, IGNORED),
             lengths,
             prompt_lengths_B=torch.tensor([example.encoded.prompt_length for example in examples]),
-            domain_ids_B=torch.tensor([example.domain_id for example in examples]),
+            of_rows={
+                "domain_ids": torch.tensor([example.domain_id for example in examples]),
+                "places": torch.tensor([example.place for example in examples]),
+            },
         )
 
 
 def one_long_row(
-    ids_N: Tensor, labels_N: Tensor, lengths_B: Tensor, *, prompt_lengths_B: Tensor, domain_ids_B: Tensor
+    ids_N: Tensor, labels_N: Tensor, lengths_B: Tensor, *, prompt_lengths_B: Tensor, of_rows: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Returns the batch of rows that lie one after the other; what depends on values is worked out here.
 
@@ -54,7 +57,7 @@ def one_long_row(
         labels_N: what is learned, -100 elsewhere.
         lengths_B: of the rows.
         prompt_lengths_B: tokens of each row before its first response.
-        domain_ids_B: of each row.
+        of_rows: what else is known of each row, (B,) each.
     """
     borders_B1 = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0)).int()
     segments = Segments.between(borders_B1, len(ids_N))
@@ -71,7 +74,7 @@ def one_long_row(
         "positions": supervised_M,
         "supervised": supervised_M,
         "supervised_rows": segments.of_token_N[supervised_M],
-        "domain_ids": domain_ids_B,
+        **of_rows,
     }
 
 
@@ -91,6 +94,6 @@ def some_rows(batch: dict[str, Any], first: int, last: int) -> dict[str, Any]:
         batch["labels"][0, part].cpu(),
         borders_B1.diff()[first:last],
         prompt_lengths_B=segments.sums(batch["prompt_mask"][0].cpu().long())[first:last],
-        domain_ids_B=batch["domain_ids"][first:last].cpu(),
+        of_rows={name: batch[name][first:last].cpu() for name in ("domain_ids", "places")},
     )
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loramix.models.head import head_can_choose
 from loramix.tuner.guide import ForwardGuide
 
 Prompt = tuple[Sequence[int], int]
@@ -46,6 +47,7 @@ def prompt_states(
         for scope, door in mixture.doors.items()
     ]
     alone: Callable[[], Any] = model.disable_adapter if mixture.reads_base else nullcontext
+    few = {"logits_to_keep": 1} if head_can_choose(model) else {}
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))  # like lengths together: little is padded
     try:
@@ -60,7 +62,7 @@ def prompt_states(
             mask_BT = real_BT.to(model.device)
             told = {} if mixture.reads_base else {"domain_ids": torch.tensor([domain for _, domain in some])}
             with alone():
-                model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.long(), use_cache=False, **told)
+                model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.long(), use_cache=False, **told, **few)
     finally:
         for hook in hooks:
             hook.remove()

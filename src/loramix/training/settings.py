@@ -27,6 +27,9 @@ class TrainingSettings:
     on a processor, less time; 0 for no bound, -1 for 1,024 on a processor and no bound on an accelerator or with
     several processes. Losses on a batch's statistics are those of the parts.
 
+    `read_ahead` reads the prompts once before a stage of several epochs, where routers read the base alone; false reads
+    them in each step.
+
     `head_chunk` rows of the language-model head are worked out at a time, where it is an ordinary linear; 0 asks the
     model for all logits. Sums then differ in their last bits.
 
@@ -50,6 +53,7 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     padding_free: bool = True
     tokens_at_once: int = -1
+    read_ahead: bool = True
     head_chunk: int = 256
     activation_checkpointing: bool = False
     activation_checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -87,7 +91,9 @@ class TrainingSettings:
             if getattr(self, name) < 0:
                 found.append(f"{name} = {getattr(self, name)}: expected 0 or more.")
         if self.tokens_at_once < -1:
-            found.append(f"tokens_at_once = {self.tokens_at_once}: expected 0 or more, or -1 for what suits the device.")
+            found.append(
+                f"tokens_at_once = {self.tokens_at_once}: expected 0 or more, or -1 for what suits the device."
+            )
         if self.max_steps < 1 and self.max_steps != -1:
             found.append(f"max_steps = {self.max_steps}: expected at least 1, or -1 for as many as the epochs have.")
         if self.lr_scheduler_type not in SCHEDULERS:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import nn
 from transformers import set_seed
+from transformers.trainer_utils import TrainOutput
 
+from loramix import processes
 from loramix.checkpoints.store import Checkpoint
 from loramix.data.collation import Collator, Example
 from loramix.data.mixing import MixtureSampler
 from loramix.data.padding_free import PaddingFreeCollator
 from loramix.models.segment_attention import keeps_segments_apart, segment_attention
+from loramix.training.arguments import training_arguments
 from loramix.training.keeper import PutBackSums, StageKeeper
 from loramix.training.progress import TrainingProgress
+from loramix.training.reading_ahead import read_ahead
 from loramix.training.settings import TrainingSettings
 from loramix.training.stopping import StopAtStepEnd
-from loramix.training.trainer import MixtureTrainer, training_arguments
+from loramix.training.trainer import MixtureTrainer
 
 
 def train_stage(
@@ -67,7 +72,7 @@ def train_stage(
         MemoryError: not even single rows fit.
     """
     set_seed(settings.seed)
-    everything = [example for domain in examples.values() for example in domain]
+    everything = numbered(example for domain in examples.values() for example in domain)
     sampler = MixtureSampler(
         sizes=[len(domain) for domain in examples.values()],
         shares=[shares[name] for name in examples],
@@ -75,10 +80,11 @@ def train_stage(
         batch_size=settings.per_device_train_batch_size,
         seed=settings.seed,
     )
-    padding_free = settings.padding_free and keeps_segments_apart(model)
+    collator, attention = _layout(model, settings, pad_token_id)
     found = _begin(keeper, title, console)
     progress = TrainingProgress(title, log_file, console)
     stop = StopAtStepEnd()
+    states = read_ahead(model, everything, settings, processes.count(), pad_token_id)
     trainer = MixtureTrainer(
         model,
         settings=settings,
@@ -88,20 +94,26 @@ def train_stage(
         kinds=kinds,
         args=training_arguments(settings, str(output_dir)),
         train_dataset=everything,
-        data_collator=PaddingFreeCollator() if padding_free else Collator(pad_token_id),
+        data_collator=collator,
         callbacks=[progress, stop],
         keeper=keeper,
+        prompt_states=states,
         say=lambda line: console.print(f"{title}: {line}", highlight=False, soft_wrap=True),
     )
     progress.trainer = trainer
     trainer.pop_callback(_printer())
     if found is not None:
         trainer.add_callback(PutBackSums(trainer, found.folder))
-    with stop, segment_attention(model) if padding_free else nullcontext():
+    with stop, attention:
         done = trainer.train(resume_from_checkpoint=str(found.folder) if found is not None else None)
     stop.raise_if_stopped(title, done.global_step, trainer.state.max_steps, saved=keeper is not None)
     trainer.end_well()
     model.eval()
+    return _seen(trainer, done)
+
+
+def _seen(trainer: MixtureTrainer, done: TrainOutput) -> dict[str, Any]:
+    """Returns what a stage saw."""
     seen = {
         "steps": done.global_step,
         "tokens": trainer.tokens_seen,
@@ -110,6 +122,20 @@ def train_stage(
     }
     unusual = {"went_back": trainer.guard.went_back, "parts": trainer.smaller.parts}
     return seen | {name: value for name, value in unusual.items() if value > (name == "parts")}
+
+
+def numbered(examples: Iterable[Example]) -> list[Example]:
+    """Returns examples that know their places."""
+    return [replace(example, place=place) for place, example in enumerate(examples)]
+
+
+def _layout(
+    model: nn.Module, settings: TrainingSettings, pad_token_id: int
+) -> tuple[Collator | PaddingFreeCollator, AbstractContextManager[None]]:
+    """Returns what puts rows into a batch, and the attention under which such batches are learned."""
+    if settings.padding_free and keeps_segments_apart(model):
+        return PaddingFreeCollator(), segment_attention(model)
+    return Collator(pad_token_id), nullcontext()
 
 
 def _begin(keeper: StageKeeper | None, title: str, console: Console) -> Checkpoint | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from loramix.errors import ConfigError
 from loramix.labels import IGNORED
@@ -25,43 +25,6 @@ from loramix.training.supervised_loss import SupervisedLoss
 from loramix.training.tally import DomainTally
 from loramix.tuner import LoramixConfig
 from loramix.tuner.guide import ForwardGuide
-
-
-def training_arguments(
-    settings: TrainingSettings, output_dir: str, optim: str = "adamw_torch_fused"
-) -> TrainingArguments:
-    """Returns transformers' arguments for our settings; reporting is ours, so theirs is off."""
-    arguments = TrainingArguments(
-        output_dir=output_dir,
-        num_train_epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        activation_checkpointing=settings.activation_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False, **settings.activation_checkpointing_kwargs},
-        dataloader_num_workers=settings.dataloader_num_workers,
-        logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,
-        seed=settings.seed,
-        optim=optim,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,  # all are used; a search would miss routers that only their own loss reads
-        use_cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not know of each other
-    )
-    # Several GPUs in one process would mean nn.DataParallel, whose threads share one routing; torchrun is the way.
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments
 
 
 class MixtureTrainer(Trainer):
@@ -80,6 +43,8 @@ class MixtureTrainer(Trainer):
         auxiliary: auxiliary losses by name with their weights; a weight of 0 leaves a loss out.
         kinds: for losses that tell two kinds of data apart, the kind of each domain, 0 or 1.
         keeper: keeps checkpoints, if any are to be kept.
+        prompt_states: what routers that read the base take in of each example's prompt, (N, I) by scope; None reads
+            the prompts in each step.
         say: shows a line to whoever watches.
         **kwargs: for `transformers.Trainer` (args, train_dataset, data_collator, callbacks, ...).
     """
@@ -94,6 +59,7 @@ class MixtureTrainer(Trainer):
         auxiliary: Mapping[str, float] | None = None,
         kinds: Sequence[int] | None = None,
         keeper: StageKeeper | None = None,
+        prompt_states: Mapping[str, Tensor] | None = None,
         say: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
@@ -123,6 +89,7 @@ class MixtureTrainer(Trainer):
         """Read by Trainer: our loss is divided by the whole step's counts already."""
         self._step_tokens = self._step_rows = self._step_real = torch.ones(())
         self.language_loss = SupervisedLoss(model, settings.head_chunk)
+        self.prompt_states = prompt_states
 
     @property
     def tokens_seen(self) -> int:
@@ -177,8 +144,11 @@ class MixtureTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Returns this micro-batch's part of the step's loss."""
-        unasked = {"labels", *WHOLE} | (set() if self._told else {"domain_ids", "prompt_mask"})
-        asked = {k: v for k, v in inputs.items() if k not in unasked}
+        unasked = {"labels", "places", *WHOLE} | (set() if self._told else {"domain_ids", "prompt_mask"})
+        asked: dict[str, Any] = {k: v for k, v in inputs.items() if k not in unasked}
+        if self.prompt_states:
+            places_B = inputs["places"].cpu()
+            asked["prompt_states"] = {scope: read_NI[places_B] for scope, read_NI in self.prompt_states.items()}
         nll_B, tokens_B = self.language_loss(model, asked, inputs)
         domain_ids_B = inputs["domain_ids"]
         self.tally.add(domain_ids_B, nll=nll_B, tokens=tokens_B)

@@ -1,7 +1,8 @@
 """Tells each forward of a model how to route, before its layers run.
 
 One hook on the whole model serves every way in: PEFT, transformers' own `add_adapter`, Trainer, `generate`. It takes
-our private arguments out of the call (`domain_ids`, `prompt_mask`, `decision`, `abstain`), works out which tokens are
+our private arguments out of the call (`domain_ids`, `prompt_mask`, `decision`, `abstain`, and `prompt_states`, what the
+routers take in where it is known beforehand), works out which tokens are
 prompt, and settles the experts of the sequences that begin here. Sequences that go on (decode steps on a filled cache)
 keep theirs: the cache was computed with those experts.
 """
@@ -96,6 +97,7 @@ class ForwardGuide:
         prompt_mask = kwargs.pop("prompt_mask", None)
         decision = kwargs.pop("decision", None)
         abstain = kwargs.pop("abstain", None)
+        read = kwargs.pop("prompt_states", {})
         mixture = self.active()
         if module.training and mixture is not None and not self._trains:
             refuse_without_gradient(module)
@@ -117,7 +119,8 @@ class ForwardGuide:
         call.prompt_width = prompt_width(prompt_mask, call.prompt_mask_BT)
         if domain_ids is not None:
             call.labels_B = call.expert_ids_B = checked_ids(domain_ids, rows, mixture, inputs.device)
-            if module.training and mixture.reads_base:
+            call.pooled = {scope: states_BI.to(inputs.device) for scope, states_BI in read.items()}
+            if module.training and mixture.reads_base and not read:
                 self._read_base(inputs, kwargs, call, mixture.scopes[-1])
         elif isinstance(self._settled, Tensor):
             call.expert_ids_B = self._settled.repeat_interleave(copies_per_row(len(self._settled), rows))
