@@ -12,8 +12,8 @@ ratios are taken within a round and their medians shown.
 `trl-packing`   the same LoRA under TRL's SFTTrainer with packing.
 `lora`, `moa`, `mosld`, `mola`, `mixlora`  loramix; eight experts (each demo domain dealt out to two labels), the
                 method's own losses, as `loramix train` trains its last stage.
-`loop`          MoLA as peers write it (a loop over experts with gathers), under transformers' Trainer; one row at a time
-                with gradient accumulation, since a whole batch takes more than 24 GB. Its memory is that of one row.
+`loop`          MoLA as peers write it (a loop over experts with gathers) under transformers' Trainer; two rows at a time
+                with gradient accumulation, since a whole batch takes more than 24 GB. Its memory is that of two rows.
 
 Memory is what the process's resident memory rises to in the loop, above what it was before.
 """
@@ -58,6 +58,7 @@ from loramix.training.trainer import MixtureTrainer
 
 SIDES = ("stock", "stock-by-length", "trl-packing", "lora", "moa", "mosld", "mola", "mixlora", "loop")
 PACKED_LENGTH = 1024
+LOOP_ROWS = 2
 RATE = 1e-4
 
 
@@ -194,8 +195,8 @@ def _stock(work: Work, side: str, scratch: Path, loop: Loop) -> None:
         model = put_in(shared_copy(work.base), "mola", "loop+index_add", TARGETS["all-linear"], shape)
     arguments = TrainingArguments(
         **_arguments(scratch),
-        per_device_train_batch_size=1 if side == "loop" else work.batch,
-        gradient_accumulation_steps=work.batch if side == "loop" else 1,
+        per_device_train_batch_size=LOOP_ROWS if side == "loop" else work.batch,
+        gradient_accumulation_steps=max(1, work.batch // LOOP_ROWS) if side == "loop" else 1,
         train_sampling_strategy="group_by_length" if side == "stock-by-length" else "random",
     )
     collator = DataCollatorForSeq2Seq(work.tokenizer, padding=True, label_pad_token_id=IGNORED)
