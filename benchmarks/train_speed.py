@@ -12,7 +12,7 @@ ratios are taken within a round and their medians shown.
 `trl-packing`   the same LoRA under TRL's SFTTrainer with packing.
 `lora`, `moa`, `mosld`, `mola`, `mixlora`  loramix; eight experts (each demo domain dealt out to two labels), the
                 method's own losses, as `loramix train` trains its last stage.
-`loop`          MoLA as peers write it (a loop over experts with gathers) under transformers' Trainer; two rows at a time
+`loop`          MoLA as peers write it (a loop over experts with gathers), under transformers' Trainer; two rows a time
                 with gradient accumulation, since a whole batch takes more than 24 GB. Its memory is that of two rows.
 
 Memory is what the process's resident memory rises to in the loop, above what it was before.

@@ -27,7 +27,7 @@ FLOORS = [
     {"experiment"},
     {"preparation"},
     {"opening", "budget", "prompt_store", "identity"},
-    {"building", "going_on", "resuming", "results"},
+    {"building", "going_on", "planning", "resuming", "results"},
     {"pipeline", "comparison", "lifecycle", "serving"},
     {"cli"},
 ]

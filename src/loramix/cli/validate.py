@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from loramix.cli.output import print_json, quiet_libraries, result_console
+
+if TYPE_CHECKING:
+    from loramix.planning.plan import StagePlan
+    from loramix.settings import Experiment
 
 
 def add_to(app: typer.Typer) -> None:
@@ -20,6 +27,9 @@ def validate(
         list[str] | None, typer.Argument(help="Settings over the file's: learning_rate=1e-4 ...")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the resolved settings as JSON.")] = False,
+    with_plan: Annotated[
+        bool, typer.Option("--plan", help="Say what training will take: parameters, FLOPs, memory, time.")
+    ] = False,
 ) -> None:
     quiet_libraries()
     from loramix.adapter_settings import adapter_config
@@ -36,8 +46,10 @@ def validate(
         check_fit(load_skeleton(experiment.model_name_or_path), adapter_config(experiment, list(splits)))
     counts = {domain: {"train": len(split.train), "test": len(split.test)} for domain, split in splits.items()}
     counts |= {domain: {"train": 0, "test": len(records)} for domain, records in unseen.items()}
+    stages = planned(experiment) if with_plan else []
     if as_json:
-        print_json({"settings": loaded.experiment.model_dump(), "read_as": list(loaded.echoes), "examples": counts})
+        content = {"settings": loaded.experiment.model_dump(), "read_as": list(loaded.echoes), "examples": counts}
+        print_json(content | ({"plan": [asdict(stage) for stage in stages]} if with_plan else {}))
         return
     console = result_console()
     for echo in loaded.echoes:
@@ -45,4 +57,31 @@ def validate(
     console.print(as_yaml(loaded.experiment), highlight=False, markup=False)
     for domain, count in counts.items():
         console.print(f"# {domain}: {count['train']} to train on, {count['test']} to test on", highlight=False)
+    if with_plan:
+        show(stages, console)
     console.print(f"{config} is good.", highlight=False)
+
+
+def planned(experiment: Experiment) -> list[StagePlan]:
+    """Returns what each stage will take."""
+    from loramix.corpus import encode_all
+    from loramix.models import load_tokenizer
+    from loramix.planning.plan import plan
+
+    return plan(experiment, encode_all(experiment, load_tokenizer(experiment.model_name_or_path)).train)
+
+
+def show(stages: Sequence[StagePlan], console: Console) -> None:
+    """Prints the plan as a table."""
+    from rich.table import Table
+
+    if not stages:
+        console.print("# no stage of this method takes gradient steps with experts: nothing to plan", highlight=False)
+        return
+    table = Table("stage", "trained", "of", "tokens", "MFLOP a token", "weights", "training", "activations", "time")
+    for one in stages:
+        sizes = [f"{size / 2**20:,.0f} MiB" for size in one.memory_bytes.values()]
+        numbers = [f"{number:,}" for number in (one.trained, one.parameters, one.tokens)]
+        table.add_row(one.stage, *numbers, f"{one.flops_per_token / 1e6:,.0f}", *sizes, f"{one.seconds / 60:,.1f} min")
+    console.print(table)
+    console.print("# time: on this machine, by the speed of its products now; docs/plan.md says how far off plans are")

@@ -27,7 +27,7 @@ def can_fuse(base_layer: object, x: Tensor, A_ERI: Tensor) -> bool:
         and x.dtype == base_layer.weight.dtype == A_ERI.dtype
         and not base_layer.weight.requires_grad
         and (base_layer.bias is None or not base_layer.bias.requires_grad)
-        and not torch.is_autocast_enabled(x.device.type)
+        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # shapes alone know no autocast
         and not torch.compiler.is_compiling()
         and not (base_layer._forward_hooks or base_layer._forward_pre_hooks)
         and not (base_layer._backward_hooks or base_layer._backward_pre_hooks)

@@ -1,0 +1,1 @@
+"""What a training will cost, worked out before it begins."""

@@ -1,0 +1,154 @@
+"""What each stage of an experiment will take: parameters, FLOPs, memory, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from loramix.adapter_settings import adapter_config
+from loramix.budget import rows_learned
+from loramix.data.collation import Example
+from loramix.methods import method_named
+from loramix.models import load_skeleton
+from loramix.planning.dry_run import DryRun, dry_run
+from loramix.settings import Experiment
+from loramix.training.settings import TrainingSettings
+from loramix.training.smaller_batches import bound_of
+
+EFFICIENCY = 0.62
+"""Share of the GEMM rate that steps reached on the built-in base; benchmarks/plan_error.py says how far off it is."""
+ADAM_BYTES = 4 + 8
+"""A gradient and Adam's two moments for each trained number, fp32."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage will take.
+
+    Attributes:
+        stage: its name; one for all experts that are trained one after another.
+        parameters, trained: numbers of the model.
+        tokens: real tokens learned from, all epochs.
+        flops_per_token: forward and backward.
+        memory_bytes: the peak, by what holds it: weights, training (gradients, Adam), activations (of the longest part
+            of a micro-batch, and the head's chunk).
+        seconds: FLOPs over the measured GEMM rate times EFFICIENCY, on this machine.
+    """
+
+    stage: str
+    parameters: int
+    trained: int
+    tokens: int
+    flops_per_token: int
+    memory_bytes: dict[str, int]
+    seconds: float
+
+
+def plan(experiment: Experiment, train: dict[str, list[Example]]) -> list[StagePlan]:
+    """Returns the plan of each stage that takes gradient steps. No weights are loaded.
+
+    Args:
+        experiment: the settings.
+        train: examples by domain.
+
+    Raises:
+        ConfigError: the base does not run on shapes alone.
+    """
+    method, everything = method_named(experiment.method), [one for part in train.values() for one in part]
+    stages = []
+    rate = gemm_rate(experiment)
+    if method.tuner != "loramix":
+        return []
+    if method.starts_from_experts:
+        settings = experiment.settings(experiment.expert_stage)
+        rows = sum(rows_learned(settings, len(part)) for part in train.values())
+        name = f"{len(train)} experts, one after another"
+        stages.append(_stage(experiment, "lora", name, settings, rows, everything, list(train), rate))
+    if method.stages[-1].takes_steps:
+        settings = experiment.settings(experiment.joint_stage)
+        rows = rows_learned(settings, len(everything))
+        name = method.stages[-1].name
+        stages.append(_stage(experiment, method.name, name, settings, rows, everything, list(train), rate))
+    return stages
+
+
+def _stage(
+    experiment: Experiment,
+    method: str,
+    name: str,
+    settings: TrainingSettings,
+    rows: int,
+    examples: Sequence[Example],
+    domains: list[str],
+    rate: float,
+) -> StagePlan:
+    lengths = [one.length for one in examples]
+    mean = sum(lengths) / len(lengths)
+    tokens = round(rows * mean)
+    learned = sum(one.supervised_tokens for one in examples) / sum(lengths)
+    longest = largest_part(settings, max(lengths))
+    if method == "lora" and experiment.method != "lora":
+        config = adapter_config(experiment, domains, "lora", domains[0])
+    else:
+        config = adapter_config(experiment, domains)
+    model = get_peft_model(load_skeleton(experiment.model_name_or_path), config).train()
+    router = method_named(method).router
+    told = router is not None and router.settled_by != "nothing"
+    seen = dry_run(model, longest, max(1, round(longest * learned)), round(mean), settings.head_chunk, told)
+    return StagePlan(
+        stage=name,
+        parameters=seen.parameters,
+        trained=seen.trained,
+        tokens=tokens,
+        flops_per_token=seen.flops // longest,
+        memory_bytes=memory(seen, model, settings, longest, learned),
+        seconds=seen.flops / longest * tokens / (rate * EFFICIENCY),
+    )
+
+
+def largest_part(settings: TrainingSettings, longest: int) -> int:
+    """Returns the tokens of the largest part of a micro-batch that is learned at once, as long rows as there are."""
+    whole = settings.per_device_train_batch_size * longest
+    bound = bound_of(settings.tokens_at_once)
+    return whole if bound == 0 else max(longest, min(bound, whole))
+
+
+def memory(seen: DryRun, model: Any, settings: TrainingSettings, tokens: int, learned: float) -> dict[str, int]:
+    """Returns bytes at the peak of a step, by what holds them.
+
+    Args:
+        seen: of `tokens` tokens.
+        model: on the meta device.
+        settings: of the stage.
+        tokens: of the largest part.
+        learned: the share of tokens that is learned.
+    """
+    base = model.get_base_model()
+    words = base.config.get_text_config().vocab_size
+    rows = max(1, round(tokens * learned))
+    head = 2 * 4 * words * min(rows, settings.head_chunk or rows)  # logits and what becomes of them
+    kept = seen.kept_bytes
+    if settings.activation_checkpointing:
+        layers = base.config.get_text_config().num_hidden_layers
+        kept = kept // layers + layers * tokens * base.config.get_text_config().hidden_size * 4
+    return {"weights": seen.weight_bytes, "training": ADAM_BYTES * seen.trained, "activations": kept + head}
+
+
+def gemm_rate(experiment: Experiment) -> float:
+    """Returns FLOP/s of a product of the base's size, measured now on the device that would train, within a second."""
+    config: Any = load_skeleton(experiment.model_name_or_path).config.get_text_config()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    dtype = getattr(torch, experiment.dtype)
+    x = torch.randn(1024, config.hidden_size, dtype=dtype, device=device)
+    weight = torch.randn(config.intermediate_size, config.hidden_size, dtype=dtype, device=device)
+    best, begun = 0.0, time.monotonic()
+    while time.monotonic() - begun < 0.5:
+        start = time.perf_counter()
+        float((x @ weight.T)[0, 0])  # waits for the device
+        best = max(best, 2 * x.numel() * len(weight) / (time.perf_counter() - start))
+    return best

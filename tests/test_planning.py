@@ -1,0 +1,114 @@
+"""The plan is the real step without numbers: its parameters, its FLOPs, what it keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from loramix import LoramixConfig
+from loramix.cli.main import app
+from loramix.data.collation import Example
+from loramix.data.padding_free import PaddingFreeCollator
+from loramix.data.prompts import Encoded
+from loramix.errors import ConfigError
+from loramix.models.segment_attention import segment_attention
+from loramix.planning.dry_run import dry_run
+from loramix.planning.plan import largest_part
+from loramix.training.settings import TrainingSettings
+from loramix.training.supervised_loss import SupervisedLoss
+from tests import ended, tiny
+from tests import method_cases as cases
+
+LENGTH, PROMPT = 48, 20
+
+
+def _built(method: str, device: str) -> Any:
+    with torch.device(device):
+        base = tiny.llama(vocab=256, hidden=64, layers=4)
+    if method == "moa":
+        return tiny.moa(base, lora_dropout=0.0).train()
+    given = {"r": 4, "lora_dropout": 0.0, **cases.CASES[method].settings}
+    return get_peft_model(base, LoramixConfig(method=method, **given)).train()
+
+
+def _real(method: str) -> dict[str, int]:
+    """What a true step of the same row counts."""
+    model = _built(method, "cpu")
+    batch = PaddingFreeCollator()([Example(Encoded([5] * LENGTH, [i >= PROMPT for i in range(LENGTH)], PROMPT), 0)])
+    kept = {"input_ids", "position_ids", *([] if method != "moa" else ["domain_ids", "prompt_mask"])}
+    asked = {name: value for name, value in batch.items() if name in kept}
+    loss = SupervisedLoss(model, 8)
+    with segment_attention(model):
+        loss(model, asked, batch)  # the head is tried
+        seen = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+        held: list[Any] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            held.append(tensor.untyped_storage())
+            seen.setdefault(held[-1].data_ptr(), held[-1].nbytes())
+            return tensor
+
+        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+            nll_B, _ = loss(model, asked, batch)
+            nll_B.sum().backward()
+    attention = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "flops": counter.get_total_flops() - attention,
+        "kept_bytes": sum(seen.values()),
+    }
+
+
+@pytest.mark.parametrize("method", ["lora", "moa", "mosld", "mola", "mixlora"])
+def test_a_dry_run_counts_what_a_step_counts(method: str):
+    real = _real(method)
+    dry = dry_run(_built(method, "meta"), LENGTH, LENGTH - PROMPT, 0, 8, told=method == "moa")
+    assert (dry.parameters, dry.trained) == (real["parameters"], real["trained"])
+    assert dry.flops == pytest.approx(real["flops"], rel=0.01), "attention left out on both sides"
+    assert dry.kept_bytes == pytest.approx(real["kept_bytes"], rel=0.05)
+
+
+def test_attention_grows_with_the_rows_not_with_the_batch():
+    short, long = (dry_run(_built("lora", "meta"), 64, 32, row, 8, told=False).flops for row in (16, 32))
+    of_token = 4 * 64 * 4 // 2 * 3.5  # two products by heads x width, four layers, causal; backward 2.5 times
+    assert long - short == pytest.approx(64 * 16 * of_token)
+
+
+@pytest.mark.parametrize(
+    ("bound", "batch", "longest", "wanted"), [(0, 4, 100, 400), (250, 4, 100, 250), (50, 4, 100, 100), (250, 1, 9, 9)]
+)
+def test_the_largest_part(bound: int, batch: int, longest: int, wanted: int):
+    settings = TrainingSettings(tokens_at_once=bound, per_device_train_batch_size=batch)
+    assert largest_part(settings, longest) == wanted
+
+
+def test_a_base_that_needs_numbers_is_a_line():
+    model = _built("lora", "meta")
+    model.get_base_model().get_input_embeddings().register_forward_hook(lambda _, __, out: out * float(out.sum()))
+    with pytest.raises(ConfigError, match="does not run on shapes alone"):
+        dry_run(model, LENGTH, 4, 8, 8, told=False)
+
+
+def test_the_command_says_what_training_will_take(tmp_path: Path):
+    content = {**ended.settings(tmp_path, "moa"), "output_dir": str(tmp_path / "run")}
+    file = tmp_path / "plan.yaml"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    said = CliRunner().invoke(app, ["validate", str(file), "--plan", "--json"])
+    assert said.exit_code == 0, said.output
+    stages = json.loads(said.stdout)["plan"]
+    assert [stage["stage"].split()[-1] for stage in stages] == ["another", "joint"]
+    assert all(stage["seconds"] > 0 and stage["tokens"] > 0 for stage in stages)
+    shown = CliRunner().invoke(app, ["validate", str(file), "--plan"])
+    assert "MFLOP" in shown.output
+    wrong = CliRunner().invoke(app, ["validate", str(file), "--plan", "adapter.r=0", "training.seed=-1"])
+    assert wrong.exit_code != 0
