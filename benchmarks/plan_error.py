@@ -4,7 +4,8 @@
 
 The built-in base in fp32, eight experts of rank 8 on all linear layers, two rows of 256 tokens, half of each learned.
 Measured: CPU seconds of a step, median, the methods in turn; the peak of a step's tensors above those there before it.
-Predicted: FLOPs over this process's GEMM rate times the plan's one constant; what the forward keeps and the head's chunk.
+Predicted: FLOPs over this process's GEMM rate times the plan's one constant; what the forward keeps, the head's
+chunk, gradients.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def row(name: str, step: TrainingStep, measured: float, rate: float) -> dict[str
     step.optimizer.zero_grad()
     peak = tensor_peak(step)  # type: ignore[arg-type]
     router = METHODS[name].router
-    model = get_peft_model(load_skeleton(), step.model.peft_config["default"]).train()
+    model = get_peft_model(load_skeleton().to(torch.float32), step.model.peft_config["default"]).train()
     told = router is not None and router.settled_by != "nothing"
     tokens, learned = ROWS * LENGTH, ROWS * LENGTH // 2
     settings = step.trainer.settings
