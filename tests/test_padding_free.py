@@ -22,8 +22,9 @@ from loramix.data.collation import Collator, Example
 from loramix.data.padding_free import PaddingFreeCollator
 from loramix.data.prompts import Encoded
 from loramix.errors import ConfigError
-from loramix.experts.apply import loop
+from loramix.experts.apply import choose, concat, loop
 from loramix.experts.by_segment import by_segment, fused_by_segment
+from loramix.experts.grouped import grouped
 from loramix.methods import METHODS
 from loramix.models.segment_attention import NAME, keeps_segments_apart, segment_attention
 from loramix.routing import Routing
@@ -208,6 +209,16 @@ def test_a_step_in_parts_is_the_step(method: str):
         torch.testing.assert_close(parts[name], wanted, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_layers_below_the_experts_keep_nothing():
+    """The frozen beginning of a base costs no backward: autograd does not follow what needs no gradient."""
+    model = cases.build("lora", tiny.llama(layers=3), layers_to_transform=[2])
+    followed: dict[int, bool] = {}
+    for number, layer in enumerate(model.get_base_model().model.layers):
+        layer.register_forward_hook(lambda _, __, out, n=number: followed.update({n: out.requires_grad}))
+    learned(model, PaddingFreeCollator()(examples()), {})
+    assert followed == {0: False, 1: False, 2: True}
+
+
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_segments_say_of_each_row_what_a_loop_says(lengths: list[int], seed: int):
@@ -261,6 +272,24 @@ def test_rows_through_their_own_experts_agree_with_the_loop(share: str, dropped:
     for one in found[:2]:
         for got, wanted in zip(one, found[2], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_an_accelerator_does_not_go_through_rows_one_by_one():
+    segments = Segments.between(torch.tensor([0, 3, 8]), 8)
+    ids, weights = torch.tensor([[1], [0]]), torch.rand(2, 1, requires_grad=True)
+    routing = Routing(ids, weights, None, "sequence", torch.ones(2, dtype=torch.bool), segments=segments)
+    narrow, wide = ((torch.empty(e, 8, 16), torch.empty(e, 16, 8)) for e in (8, 64))
+    assert choose("auto", routing, *narrow) == choose("auto", routing, *wide) == "per_sequence"
+    assert choose("auto", routing, *(one.to("meta") for one in narrow)) == "concat"
+    assert choose("auto", routing, *(one.to("meta") for one in wide)) == "grouped"
+    tensors = [torch.randn(*shape, requires_grad=True) for shape in ((1, 8, 16), (1, 8, 16), (2, 8, 16), (2, 16, 8))]
+    found = []
+    for way in (loop, grouped, concat):
+        out = way(*tensors, routing, 1.7)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [*tensors, weights])])
+    for other in found[1:]:
+        for got, wanted in zip(other, found[0], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 SMALL = {

@@ -102,7 +102,8 @@ BACKENDS: dict[str, Apply] = {"loop": loop, "concat": concat, "per_sequence": pe
 def choose(backend: str, routing: Routing, A_ERI: Tensor, B_EOR: Tensor) -> str:
     """Returns the name of the backend for these experts and this routing.
 
-    "auto": `per_sequence` where a sequence has fewer experts than there are; `concat` up to a width of `CONCAT_UP_TO`;
+    "auto": `per_sequence` where a sequence has fewer experts than there are (on a processor only where rows lie one
+    after the other: elsewhere their tokens are routed one by one); `concat` up to a width of `CONCAT_UP_TO`;
     above it `grouped`, where each token has few experts and grouped_mm takes the sizes
     (docs/decisions/0004-apply-backends.md).
     """
@@ -110,7 +111,9 @@ def choose(backend: str, routing: Routing, A_ERI: Tensor, B_EOR: Tensor) -> str:
         return backend
     num_experts, rank = max(A_ERI.shape[0], B_EOR.shape[0]), A_ERI.shape[1]
     chosen = routing.weights.shape[1]
-    if routing.level == "sequence":
+    # Rows that lie one after the other are gone through one by one, which an accelerator would wait for.
+    by_rows = routing.segments is None or A_ERI.device.type == "cpu"
+    if routing.level == "sequence" and by_rows:
         return "per_sequence" if chosen < num_experts else "concat"
     sparse = chosen * 4 <= num_experts and num_experts * rank > CONCAT_UP_TO
     if sparse and not torch.compiler.is_compiling():

@@ -37,6 +37,7 @@ def grouped(y_BTO: Tensor, x_BTI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing:
     Under autocast it works in the experts' own type, since autocast knows nothing of grouped_mm.
     """
     out, inputs = y_BTO.shape[-1], x_BTI.shape[-1]
+    routing = routing.by_token()
     order = routing.order(max(A_ERI.shape[0], B_EOR.shape[0]))
     weights_M = routing.weights.to(x_BTI.dtype).flatten()[order.sorted_M]
     with torch.autocast(x_BTI.device.type, enabled=False):
