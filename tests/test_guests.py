@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import loramix
 from loramix.losses import load_balance, routing_cross_entropy
@@ -221,5 +221,21 @@ def test_the_collator_names_wrong_domains_and_refuses_packing():
     with pytest.raises(loramix.DataError, match=r"2 problems(?s:.*)Did you mean .green."):
         collator([{"input_ids": [1], "domain": "greeen"}, {"input_ids": [1]}])
     packed = loramix.DomainCollator(lambda rows: {"input_ids": torch.zeros(1, 4)}, tiny.EXPERTS)
-    with pytest.raises(loramix.ConfigError, match="turn packing and padding_free off"):
+    with pytest.raises(loramix.ConfigError, match="Turn packing off"):
         packed([{"domain": 0}, {"domain": 1}])
+
+
+@pytest.mark.parametrize("borders", [False, True])
+def test_rows_one_after_the_other_are_routed_row_by_row(borders: bool):
+    """transformers' own flattening, under somebody else's loop."""
+    rows = [{"input_ids": [5, 6, 7, 8], "domain": 2}, {"input_ids": [9, 10, 11], "domain": 0}]
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=borders, return_tensors="pt")
+    labelled = [{**row, "labels": [-100, -100, *row["input_ids"][2:]]} for row in rows]
+    batch = loramix.DomainCollator(flatten, tiny.EXPERTS)(labelled)
+    assert batch["domain_ids"].tolist() == [2, 0]
+    model = tiny.moa(lora_dropout=0.0).train()
+    together = model(**batch, use_cache=False).logits[0]
+    for row, part in zip(rows, (slice(0, 4), slice(4, 7)), strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        alone = model(input_ids=ids, domain_ids=torch.tensor([row["domain"]]), prompt_mask=torch.ones(1, 2)).logits[0]
+        torch.testing.assert_close(together[part], alone, rtol=1e-4, atol=1e-5)

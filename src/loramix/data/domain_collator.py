@@ -37,16 +37,16 @@ class DomainCollator:
 
         Raises:
             DataError: a row without a domain, or with one that is not among the experts; all at once.
-            ConfigError: the inner collator put several rows into one sequence (packing, padding-free).
+            ConfigError: the inner collator put several rows into one sequence and does not say where they end.
         """
         problems = Problems("the batch's domains")
         ids = [self._id(row.get(self.column), problems) for row in rows]
         problems.raise_as(DataError)
         batch = dict(self.inner([{k: v for k, v in row.items() if k != self.column} for row in rows]))
-        if len(batch["input_ids"]) != len(rows):
+        if (made := _rows_in(batch)) != len(rows):
             raise ConfigError(
-                f"the collator made {len(batch['input_ids'])} sequences of {len(rows)} rows, but a sequence has one "
-                "domain: turn packing and padding_free off."
+                f"the collator made {made} sequences of {len(rows)} rows, but a sequence has one domain. Turn packing "
+                "off; rows one after the other need their borders (cu_seq_lens_q) or positions that begin anew."
             )
         batch["domain_ids"] = torch.tensor(ids, dtype=torch.int64)
         return batch
@@ -59,3 +59,13 @@ class DomainCollator:
         near = did_you_mean(str(domain), self.domains)
         problems.add(f"{self.column} = {domain!r}: expected one of {', '.join(self.domains)}.{near}")
         return 0
+
+
+def _rows_in(batch: Mapping[str, Any]) -> int:
+    """Returns how many rows a batch has: those of its first dimension, or those that lie one after the other in one."""
+    if len(batch["input_ids"]) == 1:
+        if (borders := batch.get("cu_seq_lens_q")) is not None:
+            return len(borders) - 1
+        if (positions := batch.get("position_ids")) is not None and batch.get("attention_mask") is None:
+            return int((torch.as_tensor(positions).diff() != 1).sum()) + 1
+    return len(batch["input_ids"])
