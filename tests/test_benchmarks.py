@@ -23,10 +23,11 @@ from loramix.data.domains import read_unseen
 from loramix.data.prompts import encode
 from loramix.data.records import Message, Record
 from loramix.errors import ConfigError, DataError
+from loramix.evaluation.asking import asking_of
 from loramix.evaluation.benchmark_tasks import rows_of, write_tasks
 from loramix.evaluation.benchmarks import run_benchmarks
 from loramix.evaluation.choice import choice_measured, letter_ids
-from loramix.evaluation.continuations import asking_of, likelihoods
+from loramix.evaluation.continuations import likelihoods
 from loramix.evaluation.scoring import score
 from tests import method_cases as cases
 from tests import tiny
@@ -528,12 +529,28 @@ def test_a_run_answers_a_recipe(trained: Path, tmp_path: Path, capsys: pytest.Ca
     assert found["groups"] == {}
 
 
+@pytest.mark.parametrize("option", [[], ["--no-share-prompts"]])
+def test_sharing_prompts_can_be_switched_off(
+    option: list[str],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    asked: list[bool] = []
+    monkeypatch.setattr("loramix.evaluation.continuations.can_share", lambda model: bool(asked.append(True)))
+    arguments = ["eval", str(trained), "--benchmark", "local_arc_easy", "--tasks-dir", str(RECIPES), "--limit", "2"]
+    assert run([*arguments, "--data", f"local_arc_easy={_file(tmp_path / 'q.jsonl')}", *option]) == 0
+    assert bool(asked) == (not option)
+
+
 def test_wrong_options_are_said(trained: Path, capsys: pytest.CaptureFixture[str]):
     def said(*more: str) -> str:
         assert run(["eval", str(trained), *more]) == 2
         return capsys.readouterr().err
 
     assert "--limit, --expert: for benchmarks only" in said("--limit", "3", "--expert", "iron")
+    assert "--share-prompts: for benchmarks only" in said("--no-share-prompts")
     assert "'x': expected TASK=FILE" in said("--benchmark", "own", "--data", "x")
     assert "use --limit" in said("--benchmark", "own", "--max-examples", "3")
     assert "Ask own by itself" in said("--benchmark", "own,local_mmlu")

@@ -41,6 +41,9 @@ def evaluate(
     chat_template: Annotated[
         bool | None, typer.Option(help="Ask benchmarks through the base's chat template; by default only own.")
     ] = None,
+    share_prompts: Annotated[
+        bool | None, typer.Option(help="Read a question once for all its options, as benchmarks do by default.")
+    ] = None,
 ) -> None:
     quiet_libraries()
     from loramix.experiment import load
@@ -48,7 +51,7 @@ def evaluate(
     from loramix.run_folder import RunFolder
 
     asks = {"--tasks-dir": tasks_dir, "--data": data, "--limit": limit, "--expert": expert}
-    asks["--chat-template"] = chat_template
+    asks |= {"--chat-template": chat_template, "--share-prompts": share_prompts}
     _check_options([name for name, value in asks.items() if value not in (None, [])], benchmark, max_examples)
     folder = RunFolder.opened(run)
     overrides = [f"data.max_test_examples={max_examples}"] if max_examples else []
@@ -57,6 +60,7 @@ def evaluate(
     if benchmark:
         how: dict[str, Any] = {"folders": tasks_dir or [], "data": _by_task(data or []), "limit": limit}
         how |= {"expert": expert, "chat": _through_template(tasks, chat_template)}
+        how |= {"share_prompts": share_prompts is not False}
         results = _benchmarks(experiment, folder, tasks, how)
         print_json(results) if as_json else _show(results)
         return

@@ -32,6 +32,7 @@ def run_benchmarks(
     chat: bool = False,
     limit: int | None = None,
     batch_size: int = 8,
+    share_prompts: bool = True,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns what lm-eval measures of a model, as plain values.
@@ -51,6 +52,7 @@ def run_benchmarks(
         chat: put each question into the base's chat template, as in training.
         limit: questions of each task at most.
         batch_size: requests answered together at most.
+        share_prompts: read a question once for all its options, where that gives the same.
         about: what is kept of the model's origin.
 
     Returns:
@@ -67,7 +69,9 @@ def run_benchmarks(
 
     from loramix.evaluation.harness_model import HarnessModel
 
-    asked = HarnessModel(model, tokenizer, expert=expert, batch_size=batch_size, about=about)
+    asked = HarnessModel(
+        model, tokenizer, expert=expert, batch_size=batch_size, share_prompts=share_prompts, about=about
+    )
     with TemporaryDirectory(prefix="loramix-") as scratch:
         paths = [Path(folder) for folder in folders]
         if OWN in tasks:

@@ -25,7 +25,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from loramix.data.prompts import render
 from loramix.data.records import Message
 from loramix.errors import ConfigError
-from loramix.evaluation.continuations import asking_of, likelihoods
+from loramix.evaluation.asking import asking_of
+from loramix.evaluation.continuations import likelihoods
 
 _MOST_WRITTEN = 256  # tokens, where a task does not say; lm-eval's own number
 
@@ -43,6 +44,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         tokenizer: of the base.
         expert: the expert to pin, or the domain for a model that must be told it.
         batch_size: requests answered together at most.
+        share_prompts: read a question once for all its options, where that gives the same.
         max_length: tokens read at most; the base's own by default.
         about: what is written into lm-eval's results about the model.
 
@@ -57,6 +59,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         *,
         expert: str | None = None,
         batch_size: int = 8,
+        share_prompts: bool = True,
         max_length: int | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
@@ -65,6 +68,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.tokenizer = tokenizer
         self.asking = asking_of(model, expert)
         self.batch_size = batch_size
+        self.share_prompts = share_prompts
         self.max_length = max_length or _room(model, tokenizer)
         self.about = dict(about or {})
         self._device = next(model.parameters()).device
@@ -154,6 +158,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 pad_token_id=self._pad,
                 max_length=self.max_length,
                 batch_size=self.batch_size,
+                share_prompts=self.share_prompts,
                 done=bar.update,
             )
         answers = [(0.0, True)] * len(requests)

@@ -22,10 +22,11 @@ def logits_at(model: nn.Module, positions_P: Tensor, *, can_choose: bool, **inpu
         model: a base, a PeftModel, or either wrapped for data parallelism.
         positions_P: positions, int64 (P,).
         can_choose: from `head_can_choose` of the unwrapped model.
-        **inputs: of the forward; no labels.
+        **inputs: of the forward; no labels. Without a cache, unless `use_cache` is among them.
     """
+    inputs.setdefault("use_cache", False)
     if can_choose:
-        logits: Tensor = model(**inputs, logits_to_keep=positions_P, use_cache=False).logits
+        logits: Tensor = model(**inputs, logits_to_keep=positions_P).logits
         return logits
-    logits = model(**inputs, use_cache=False).logits
+    logits = model(**inputs).logits
     return logits[:, positions_P]

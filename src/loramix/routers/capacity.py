@@ -46,6 +46,10 @@ class CapacityRouterConfig:
     def settled_by(self) -> SettledBy:
         return "nothing"
 
+    @property
+    def in_parts(self) -> bool:
+        return self.eval_capacity_factor is None  # room is counted over what one forward holds of a row
+
     def problems(self, fewest_experts: int) -> list[str]:
         found = top_k_problems(self.top_k, fewest_experts)
         for name in ("capacity_factor", "eval_capacity_factor"):

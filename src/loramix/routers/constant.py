@@ -30,6 +30,10 @@ class ConstantRouterConfig:
     def settled_by(self) -> SettledBy:
         return "nothing"
 
+    @property
+    def in_parts(self) -> bool:
+        return True
+
     def problems(self, fewest_experts: int) -> list[str]:
         return []
 

@@ -35,6 +35,10 @@ class PrototypeRouterConfig:
     def settled_by(self) -> SettledBy:
         return "nothing"
 
+    @property
+    def in_parts(self) -> bool:
+        return True
+
     def problems(self, fewest_experts: int) -> list[str]:
         found = top_k_problems(self.top_k, fewest_experts)
         if self.temperature <= 0:

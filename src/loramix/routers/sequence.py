@@ -57,6 +57,10 @@ class SequenceRouterConfig:
         return "prompt"
 
     @property
+    def in_parts(self) -> bool:
+        return True
+
+    @property
     def reads_base(self) -> bool:
         return self.reads == "base"
 

@@ -33,6 +33,10 @@ class TaskRouterConfig:
     def settled_by(self) -> SettledBy:
         return "domain"
 
+    @property
+    def in_parts(self) -> bool:
+        return True
+
     def problems(self, fewest_experts: int) -> list[str]:
         if self.embedding_size < 1:
             return [f"router.embedding_size = {self.embedding_size}: expected at least 1; the paper's is 64."]

@@ -45,6 +45,10 @@ class TopKRouterConfig:
     def settled_by(self) -> SettledBy:
         return "nothing"
 
+    @property
+    def in_parts(self) -> bool:
+        return True
+
     def problems(self, fewest_experts: int) -> list[str]:
         found = top_k_problems(self.top_k, fewest_experts)
         if self.weighting not in WEIGHTINGS:
