@@ -40,6 +40,8 @@ class TrainingSettings:
     warmup_steps: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    bf16: bool = False
+    torch_compile: bool = False
     head_chunk: int = 256
     activation_checkpointing: bool = False
     activation_checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -121,7 +121,9 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
                 call.routings[scope] = call.carried[scope].expanded(x_BTI.shape[0])
             else:
                 outputs = partial(self.bank(adapter).each_output, x_BTI)
-                call.routings[scope] = self.router(adapter)(x_BTI, call, scope, outputs)
+                # Under autocast (bf16: true) a router's scores would be bf16, whatever it asks for.
+                with torch.autocast(x_BTI.device.type, enabled=False):
+                    call.routings[scope] = self.router(adapter)(x_BTI, call, scope, outputs)
             self.context.passed(scope)
         return call.routings[scope]
 
