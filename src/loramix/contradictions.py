@@ -56,6 +56,11 @@ def _stage_problems(experiment: Experiment, method: Method | None) -> list[str]:
                 "activation_checkpointing: PEFT's prefix tuning does not work with it (a layer that runs again would "
                 "lengthen the cache again). Leave it out."
             )
+        if name == "joint_stage" and method.settled_by == "prompt" and settings.torch_compile:
+            by_stage[name].append(
+                f"torch_compile: method {method.name} lets the base read the prompts inside a training forward, which "
+                "falls into dozens of pieces that are compiled again and again. Leave it out; expert_stage may have it."
+            )
         possible = ", ".join(sorted(method.possible_losses)) or "none"
         by_stage[name] += [
             f"losses.{loss}: method {method.name} has nothing to apply it to. Possible: {possible}."

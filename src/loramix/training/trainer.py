@@ -44,6 +44,7 @@ def training_arguments(
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
         torch_compile=settings.torch_compile,
+        torch_compile_backend=settings.torch_compile_backend if settings.torch_compile else None,
         activation_checkpointing=settings.activation_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False, **settings.activation_checkpointing_kwargs},
         dataloader_num_workers=settings.dataloader_num_workers,
