@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from torch import Tensor
 from transformers import set_seed
 
 from loramix.adapter_settings import adapter_config
@@ -160,16 +161,21 @@ def _search(prepared: Prepared, model: Any, method: Method) -> dict[str, Any]:
 def save(model: Any, folder: Path) -> None:
     """Saves an adapter alone, or a whole model. With an adapter the embeddings are frozen, and asking PEFT for them
     would mean looking the base up on the Hub. Of several processes the first saves, and none goes on before."""
+    # All ask, not the first alone: a base in parts (FSDP2) lets go of what it has gathered when it is asked, and the
+    # processes must hold the same.
+    weights = model.state_dict()
     if writes():
-        _save(model, folder)
+        _save(model, folder, weights)
     meet()
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(model: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(making), save_embedding_layers=False)
+        # Left to itself PEFT would gather the parts of the frozen base, for which all processes would have to be here.
+        own = {name: weight for name, weight in weights.items() if not hasattr(weight, "full_tensor")}
+        model.save_pretrained(str(making), save_embedding_layers=False, state_dict=own)
     else:
         model.save_pretrained(str(making))
     making.parent.mkdir(parents=True, exist_ok=True)

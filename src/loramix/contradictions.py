@@ -30,6 +30,7 @@ def contradictions(experiment: Experiment, *, with_data: bool = True) -> list[st
     found += _stage_problems(experiment, method)
     if method is not None:
         found += _against_method(experiment, method)
+    found += _base_problems(experiment, method)
     found += _data_contradictions(experiment)
     if with_data:
         found += _missing_files(experiment)
@@ -55,6 +56,11 @@ def _stage_problems(experiment: Experiment, method: Method | None) -> list[str]:
                 "activation_checkpointing: PEFT's prefix tuning does not work with it (a layer that runs again would "
                 "lengthen the cache again). Leave it out."
             )
+        if name == "joint_stage" and method.settled_by == "prompt" and settings.torch_compile:
+            by_stage[name].append(
+                f"torch_compile: method {method.name} lets the base read the prompts inside a training forward, which "
+                "falls into dozens of pieces that are compiled again and again. Leave it out; expert_stage may have it."
+            )
         possible = ", ".join(sorted(method.possible_losses)) or "none"
         by_stage[name] += [
             f"losses.{loss}: method {method.name} has nothing to apply it to. Possible: {possible}."
@@ -69,6 +75,27 @@ def _stage_problems(experiment: Experiment, method: Method | None) -> list[str]:
         found.append(f"expert_stage: method {method.name} trains no expert alone. Set training or joint_stage.")
     if method is not None and experiment.joint_stage and method.expert_count == "one":
         found.append(f"joint_stage: method {method.name} has one stage. Set training.")
+    return found
+
+
+def _base_problems(experiment: Experiment, method: Method | None) -> list[str]:
+    """Returns what is wrong with the form the base is to be loaded in."""
+    found = []
+    few = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(experiment, name)]
+    if len(few) > 1:
+        found.append("load_in_4bit and load_in_8bit are both set. Leave one out.")
+    if few and experiment.fsdp:
+        found.append(f"fsdp and {few[0]} are both set: a quantised base cannot be dealt out. Leave one out.")
+    if experiment.dp_replicate_size > 1 and not experiment.fsdp:
+        found.append(
+            f"dp_replicate_size = {experiment.dp_replicate_size} has no effect without fsdp. Set fsdp to true."
+        )
+    if method is not None and method.tuner == "none":
+        found += [
+            f"{name}: method {method.name} trains the base itself, which must be whole and unquantised in each "
+            "process. Leave it out."
+            for name in [*few, *["fsdp"] * experiment.fsdp]
+        ]
     return found
 
 

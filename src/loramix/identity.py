@@ -10,8 +10,9 @@ from loramix.data.collation import Example
 from loramix.models.fingerprint import fingerprint
 from loramix.preparation import Prepared
 
-_ELSEWHERE = ("output_dir", "model_name_or_path")
-"""Where things lie: what lies there is compared itself."""
+_ELSEWHERE = ("output_dir", "model_name_or_path", "fsdp", "dp_replicate_size")
+"""Where things lie: what lies there is compared itself. How the base is dealt out changes sums in their last bits, as
+the number of processes does."""
 _DATA_ELSEWHERE = ("domains", "root", "path", "unseen")
 _STAGES = ("training", "expert_stage", "joint_stage")
 _WITHOUT_EFFECT = ("save_steps", "save_total_limit", "dataloader_num_workers")

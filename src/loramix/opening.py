@@ -67,7 +67,7 @@ def open_model(experiment: Experiment, run: RunFolder) -> tuple[Any, Any]:
     """
     method = method_named(experiment.method)
     check_trained(run, method)
-    base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
+    base = load_base(experiment.model_name_or_path, **experiment.base_form())
     return load_trained(base, run, method), load_tokenizer(experiment.model_name_or_path)
 
 

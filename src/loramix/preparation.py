@@ -89,7 +89,7 @@ def prepare(experiment: Experiment, console: Console, *, new: bool = True) -> Pr
     data = encode_all(experiment, tokenizer)
     if method_named(experiment.method).tuner == "loramix":
         check_fit(load_skeleton(experiment.model_name_or_path), adapter_config(experiment, list(data.train)))
-    base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
+    base = load_base(experiment.model_name_or_path, **experiment.base_form())
     run = RunFolder(Path(experiment.output_dir))
     prepared = Prepared(experiment, run, base, tokenizer, data, console)
     if new and writes():
@@ -119,7 +119,7 @@ def without_data(experiment: Experiment, run: RunFolder, names: Sequence[str], c
     """
     nothing: dict[str, list[Example]] = {name: [] for name in names}
     data = Encoded(nothing, dict(nothing), {}, {}, [])
-    base = load_base(experiment.model_name_or_path, dtype=experiment.dtype)
+    base = load_base(experiment.model_name_or_path, **experiment.base_form())
     return Prepared(experiment, run, base, load_tokenizer(experiment.model_name_or_path), data, console)
 
 

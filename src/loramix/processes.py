@@ -15,6 +15,11 @@ def several() -> bool:
     return count() > 1
 
 
+def place() -> int:
+    """Returns this process's number among those started together on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if several() else 0
+
+
 def writes() -> bool:
     """Returns whether this process writes the run's files and says how it goes: the first, or the only one."""
     return not several() or int(os.environ["RANK"]) == 0

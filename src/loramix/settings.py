@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from loramix.training.settings import TrainingSettings
 
 BUILTIN = "smollm2-135m-instruct"
+BASE_FORM = ("dtype", "load_in_4bit", "load_in_8bit", "fsdp", "dp_replicate_size")
 
 
 def _said_as(expected: str) -> WrapValidator:
@@ -117,6 +118,16 @@ class Experiment(_Section):
     output_dir: str
     model_name_or_path: str = BUILTIN
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    load_in_4bit: bool = False
+    """The base in 4 bits (bitsandbytes, nf4). Not trained through on a CPU."""
+    load_in_8bit: bool = False
+    """The base in 8 bits (bitsandbytes)."""
+    fsdp: bool = False
+    """Of several processes each holds a part of the base (FSDP2), instead of all of it. Experts and routers are whole
+    in each."""
+    dp_replicate_size: int = Field(1, ge=1)
+    """With fsdp: groups of processes that each hold the whole base between them; the number of machines, so that
+    weights travel inside a machine only."""
     method: str = "moa"
     seed: int = 0
     data: DataSettings
@@ -131,6 +142,10 @@ class Experiment(_Section):
     controls: list[Literal["base", "single_long", "mixed"]] = Field(default_factory=list)
     """What is measured beside the method, to compare: the bare base, each single LoRA trained on for as long as stage
     2, one LoRA trained on all domains for as long as both stages together."""
+
+    def base_form(self) -> dict[str, Any]:
+        """Returns in what form the base is loaded: keywords of `models.load_base`."""
+        return {name: getattr(self, name) for name in BASE_FORM}
 
     def settings(self, stage: Mapping[str, Any]) -> TrainingSettings:
         """Returns the training settings of a stage, its own over the common ones."""

@@ -115,10 +115,10 @@ class CellRunner:
 
     def _prepared(self, cell: Cell) -> Prepared:
         experiment, name = cell.experiment, cell.experiment.model_name_or_path
-        key = f"{name} {experiment.dtype}"
+        key = f"{name} {experiment.base_form()}"
         if self._base is None or self._base[0] != key:
             self._base = None
-            self._base = key, load_base(name, dtype=experiment.dtype)
+            self._base = key, load_base(name, **experiment.base_form())
         run = RunFolder(self.cells / cell.name)
         run.path.mkdir(parents=True, exist_ok=True)
         silent = Console(file=io.StringIO(), force_terminal=False)
@@ -134,7 +134,7 @@ class CellRunner:
             return  # the base itself was trained, or keeps its checkpointing hooks
         base = model if tuner == "base" else model.unload() if tuner == "loramix" else model.get_base_model()
         experiment = prepared.experiment
-        self._base = f"{experiment.model_name_or_path} {experiment.dtype}", base
+        self._base = f"{experiment.model_name_or_path} {experiment.base_form()}", base
 
     def _trained(self, prepared: Prepared, cell: Cell) -> Any:
         """Returns the cell's model: trained now, or as its folder holds it."""

@@ -34,7 +34,7 @@ Request = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of its continuation, each at least one."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would spoil the buffers that a base in parts (FSDP2) is gathered into
 def likelihoods(
     model: nn.Module,
     requests: Sequence[Request],

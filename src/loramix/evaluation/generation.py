@@ -11,7 +11,7 @@ from loramix.data.collation import Example
 from loramix.routers.base import SettledBy
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would spoil the buffers that a base in parts (FSDP2) is gathered into
 def answer(
     model: Any,
     tokenizer: Any,

@@ -232,7 +232,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         contexts = [(ids or [self.prefix_token_id])[-room:] for ids in contexts]
         batch = self.tokenizer.pad({"input_ids": contexts}, padding=True, padding_side="left", return_tensors="pt")
         width = batch["input_ids"].shape[1]
-        with torch.inference_mode():
+        with torch.no_grad():  # as in scoring
             written = self.model.generate(
                 **{name: batch[name].to(self._device) for name in ("input_ids", "attention_mask")},
                 **self.asking.of_generation(len(contexts), self._device),

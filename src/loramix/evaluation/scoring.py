@@ -39,7 +39,7 @@ def batches_by_length(examples: Sequence[Example], batch_size: int) -> Iterator[
         yield order[start : start + batch_size]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would spoil the buffers that a base in parts (FSDP2) is gathered into
 def score(
     model: nn.Module,
     examples: Sequence[Example],

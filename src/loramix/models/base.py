@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from loramix.cache import build_once, cache_dir
 from loramix.errors import ModelError
 from loramix.models.builtin import LAYERS, NAME, builtin_folder, convert_gguf
+from loramix.models.larger import dealt_out, own_device, quantised, refuse_other_sharding
 from loramix.models.trust import check_base, read_settings, trusted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,23 +80,44 @@ def load_tokenizer(name: str = NAME) -> Any:
     return tokenizer
 
 
-def load_base(name: str = NAME, *, dtype: str = "float32") -> Any:
-    """Returns the frozen base in evaluation mode.
+def load_base(
+    name: str = NAME,
+    *,
+    dtype: str = "float32",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    fsdp: bool = False,
+    dp_replicate_size: int = 1,
+) -> Any:
+    """Returns the frozen base in evaluation mode, on this process's device.
 
     Args:
         name: built-in name, folder, .gguf file or Hub name.
         dtype: "float32", "bfloat16" or "float16". A CPU without bf16 instructions is 9 to 20 times slower in bf16.
+        load_in_4bit, load_in_8bit: quantise it with bitsandbytes.
+        fsdp: deal its weights out to the processes that were started together.
+        dp_replicate_size: with fsdp, groups of processes that each hold the whole base between them.
 
     Raises:
-        ModelError: it cannot be found or loaded, or its settings name code and it is not trusted.
+        ModelError: it cannot be found or loaded, or its settings name code and it is not trusted; bitsandbytes is
+            missing.
+        ConfigError: accelerate was told to deal the model out in its own way.
     """
     from transformers import AutoModelForCausalLM
 
+    refuse_other_sharding()
     where = _checked(name)
+    told: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": trusted(name)}
+    if load_in_4bit or load_in_8bit:
+        told |= quantised(4 if load_in_4bit else 8, DTYPES[dtype])
+    elif fsdp:
+        told |= dealt_out(dp_replicate_size)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=trusted(name))
+        model = AutoModelForCausalLM.from_pretrained(where, **told)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_not_found(name, error)) from error
+    if not {"distributed_config", "quantization_config"} & told.keys():
+        model.to(own_device())
     return model.requires_grad_(False).eval()
 
 

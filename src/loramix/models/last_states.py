@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loramix.models.head import head_can_choose
+from loramix.models.larger import is_dealt_out
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
@@ -23,7 +24,11 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
         return None
     head = base.get_output_embeddings()
     decoder = base.get_decoder()
-    if type(head) is not nn.Linear or type(head.weight.data) is not Tensor or decoder is None or decoder is base:
+    ordinary = type(head) is nn.Linear and type(head.weight.data) is Tensor
+    # In a base in parts (FSDP2), whose head may be of a class made over nn.Linear, the head's weight is gathered by a
+    # forward and kept until the backward pass, so it is whole where the loss needs it.
+    in_parts = is_dealt_out(base) and nn.Linear in type(head).__mro__[:3]
+    if not (ordinary or in_parts) or decoder is None or decoder is base:
         return None
     return None if any(parameter.requires_grad for parameter in head.parameters()) else head
 

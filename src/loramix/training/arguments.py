@@ -23,6 +23,9 @@ def training_arguments(
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        torch_compile=settings.torch_compile,
+        torch_compile_backend=settings.torch_compile_backend if settings.torch_compile else None,
         activation_checkpointing=settings.activation_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False, **settings.activation_checkpointing_kwargs},
         dataloader_num_workers=settings.dataloader_num_workers,
@@ -32,6 +35,7 @@ def training_arguments(
         optim=optim,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
+        save_only_model=True,  # said of transformers' checkpoints, refused with a base in parts; ours hold everything
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

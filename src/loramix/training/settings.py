@@ -33,6 +33,11 @@ class TrainingSettings:
     `head_chunk` rows of the language-model head are worked out at a time, where it is an ordinary linear; 0 asks the
     model for all logits. Sums then differ in their last bits.
 
+    `bf16` computes products in bfloat16 (autocast), where experts and routers keep their weights in fp32. Whether the
+    base's own weights are bfloat16 is the run's `dtype`.
+
+    `torch_compile` compiles the whole model. The methods routed by token compile as one graph; MoA's guide breaks it.
+
     `save_steps = 0` keeps no checkpoints but the one that an interrupt leaves.
 
     The weight of `routing_cross_entropy` is MoA's eta. Under Adam the size of a gradient does not matter, so eta does
@@ -54,6 +59,9 @@ class TrainingSettings:
     padding_free: bool = True
     tokens_at_once: int = -1
     read_ahead: bool = True
+    bf16: bool = False
+    torch_compile: bool = False
+    torch_compile_backend: str = "inductor"
     head_chunk: int = 256
     activation_checkpointing: bool = False
     activation_checkpointing_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -122,7 +122,10 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
                 routing = call.carried[scope].expanded(call.rows)
             else:
                 outputs = partial(self.bank(adapter).each_output, x_BTI)
-                routing = self.router(adapter)(x_BTI, call, scope, outputs)
+                # Under autocast (bf16: true) a router's scores would be bf16, whatever it asks for. Shapes know none.
+                kind = "cpu" if x_BTI.is_meta else x_BTI.device.type
+                with torch.autocast(kind, enabled=False):
+                    routing = self.router(adapter)(x_BTI, call, scope, outputs)
             call.routings[scope] = routing if call.segments is None else replace(routing, segments=call.segments)
             self.context.passed(scope)
         return call.routings[scope]
