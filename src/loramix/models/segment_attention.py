@@ -1,9 +1,8 @@
 """Attention of rows that lie one after the other in one long row, each to itself, at the cost of the rows alone.
 
 transformers builds a mask of N x N for such a batch, and a CPU multiplies out all of it. Here each row's attention is
-worked out on its own by torch's scaled_dot_product_attention: the same numbers, no mask (0.73 of that step's time on a
-batch of mixed lengths, docs/performance.md). On accelerators the base's own attention is left as it is: flash attention
-reads the same borders.
+worked out on its own by torch's scaled_dot_product_attention: the same numbers, no mask. On accelerators
+the base's own attention is left as it is: flash attention reads the same borders.
 """
 
 from __future__ import annotations
