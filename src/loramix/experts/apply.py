@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loramix.experts.by_segment import by_segment
-from loramix.experts.fused import gated, up
+from loramix.experts.fused import add_up, gated
 from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
 
@@ -69,7 +69,7 @@ def concat(y_BTO: Tensor, x_BTI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing: 
     gates_NE = gates_by_token(x_BTI, routing, max(A_ERI.shape[0], B_EOR.shape[0]))
     code_NX = x_BTI.reshape(-1, x_BTI.shape[-1]) @ A_ERI.flatten(0, 1).T
     gated_NX = gated(code_NX, gates_NE, A_ERI.shape[0], B_EOR.shape[0])
-    return torch.addmm(y_BTO.reshape(-1, out), gated_NX, up(B_EOR), alpha=scaling).view(y_BTO.shape)
+    return add_up(y_BTO.reshape(-1, out), gated_NX, B_EOR, scaling).view(y_BTO.shape)
 
 
 def per_sequence(

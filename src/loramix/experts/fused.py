@@ -117,6 +117,23 @@ def up(B_EOR: Tensor) -> Tensor:
     return B_EOR.transpose(1, 2).flatten(0, 1)
 
 
+def add_up(y_NO: Tensor, gated_NX: Tensor, B_EOR: Tensor, scaling: float) -> Tensor:
+    """Returns y + s * gated B_cat, (N, O).
+
+    Args:
+        y_NO: output of the frozen layer.
+        gated_NX: as `gated` returns it.
+        B_EOR: the experts' up-projections.
+        scaling: s.
+    """
+    experts, _, rank = B_EOR.shape
+    if 1 < experts and len(gated_NX) <= rank:
+        # `up` copies all of B. For a few tokens, as in decoding, a product by expert costs less than that.
+        by_expert_ENR = gated_NX.view(-1, experts, rank).transpose(0, 1)
+        return torch.add(y_NO, torch.bmm(by_expert_ENR, B_EOR.transpose(1, 2)).sum(dim=0), alpha=scaling)
+    return torch.addmm(y_NO, gated_NX, up(B_EOR), alpha=scaling)
+
+
 def gated(code_NX: Tensor, gates_NE: Tensor | None, downs: int, ups: int) -> Tensor:
     """Returns the code that B takes: (N, E * R), or (N, R) where B is shared.
 
