@@ -13,12 +13,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from loramix.errors import ConfigError
 from loramix.losses import head_nll
 from loramix.models.last_states import last_states
+from loramix.planning.flops import counting
 
 ATTENTION = "loramix_dry_run"
 
@@ -68,7 +69,7 @@ def dry_run(model: Any, tokens: int, learned: int, row: int, head_chunk: int, to
     kept = _Kept(model)
     attention = _Attended(base.config.get_text_config(), row)
     try:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter, saved_tensors_hooks(kept, _same):
+        with torch.device("meta"), _Grouped(), counting() as counter, saved_tensors_hooks(kept, _same):
             with last_states(model) as states:
                 none = torch.zeros(0, dtype=torch.int64)
                 model(input_ids=ids_1N, logits_to_keep=none, use_cache=False, **given)
@@ -103,6 +104,17 @@ def _reads(model: Any) -> bool:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+class _Grouped(TorchDispatchMode):
+    """Grouped products in any type; torch 2.13 knows their shapes in bf16 only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        left, right, ends_E = args[0], args[1], args[2] if len(args) > 2 else kwargs["offs"]
+        groups = (len(ends_E),) if right.dim() == 2 else ()  # sums over rows: one matrix a group
+        return left.new_empty(*groups, left.shape[0], right.shape[-1])
 
 
 class _Kept:
