@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/joint_experts.py [--rows 4] [--rounds 5] [--json]
 
 Four experts of rank 8 on all linear layers of the built-in base, a batch of rows for each from the demo's four domains,
-no padding on either side. One by one: four LoRA steps (forward, backward). Together: the rows of all in one batch, each
-through its own expert, at once and in parts of 1,024 tokens. Interleaved, CPU seconds, medians. Gradients are compared.
+no padding on either side. One by one: four LoRA steps (forward, backward). Together, as `experts_together: true` does
+it: the rows of all in one batch, each through its own expert, at once and in parts of 1,024 tokens. Interleaved, CPU
+seconds, medians. Gradients are compared.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from train_speed import prepared
 from training_step import Point, TrainingStep
 
 from loramix.cli.output import quiet_libraries
+from loramix.training.means import DomainMeans
 
 EXPERTS = 4
 
@@ -42,6 +44,7 @@ def main() -> int:
     ]
     everything = [one for part in parts for one in part]
     together = TrainingStep(work.base, Point(method="moa", experts=EXPERTS), everything, tokens_at_once=0)
+    together.trainer.mean = DomainMeans(EXPERTS)
     together.model.eval()  # no dropout is used, and routers that nobody teaches are not run
     banks = _banks(together)
     single = [TrainingStep(work.base, Point(method="lora", experts=EXPERTS), part) for part in parts]
@@ -92,16 +95,13 @@ def _learn(step: TrainingStep) -> None:
 
 
 def _apart(single: list[TrainingStep], banks: dict[str, Any], together: TrainingStep) -> float:
-    """Returns the largest difference of an expert's gradients, relative to the tensor's largest. Each side's loss is a
-    mean over its own supervised tokens, so the shares are divided out."""
-    tokens = [sum(one.supervised_tokens for one in step.examples) for step in single]
+    """Returns the largest difference of an expert's gradients, relative to the tensor's largest."""
     worst = 0.0
     for expert, step in enumerate(single):
-        share = tokens[expert] / sum(tokens)
         for name, bank in _banks(step).items():
             for of in ("A_ERI", "B_EOR"):
                 alone: Tensor = getattr(bank, of).grad[0]
-                both: Tensor = getattr(banks[name], of).grad[expert] / share
+                both: Tensor = getattr(banks[name], of).grad[expert]
                 worst = max(worst, float((alone - both).abs().max() / alone.abs().max().clamp(min=1e-12)))
     return worst
 

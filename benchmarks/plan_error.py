@@ -4,8 +4,8 @@
 
 The built-in base in fp32, eight experts of rank 8 on all linear layers, two rows of 256 tokens, half of each learned.
 Measured: CPU seconds of a step, median, the methods in turn; the peak of a step's tensors above those there before it.
-Predicted: FLOPs over this process's GEMM rate times the plan's one constant; what the forward keeps, the head's
-chunk, gradients.
+Predicted: FLOPs over this process's GEMM rate times the plan's one constant; what the forward keeps and the head's
+chunk. `efficiency` is the constant that would have fitted.
 """
 
 from __future__ import annotations
@@ -75,15 +75,16 @@ def row(name: str, step: TrainingStep, measured: float, rate: float) -> dict[str
     told = router is not None and router.settled_by != "nothing"
     tokens, learned = ROWS * LENGTH, ROWS * LENGTH // 2
     settings = step.trainer.settings
-    dry = dry_run(model, tokens, learned, LENGTH, settings.head_chunk, told)
-    sizes = memory(dry, model, settings, tokens, 0.5)
-    predicted = (sizes["activations"] + 4 * dry.trained) / 2**20  # gradients come with the step; Adam's state was there
+    dry = dry_run(model, tokens, learned, LENGTH, settings.head_chunk, told, by_row=True)
+    sizes = memory(dry, model, settings, tokens, 0.5, several=False)
+    predicted = sizes["activations"] / 2**20  # weights and Adam's state were there before
     seconds = dry.flops / (rate * EFFICIENCY)
     return {
         "name": name,
         "cpu_s": measured,
         "predicted_s": seconds,
         "time_error": seconds / measured - 1,
+        "efficiency": dry.flops / rate / measured,
         "memory_mib": peak,
         "predicted_mib": predicted,
         "memory_error": predicted / peak - 1,

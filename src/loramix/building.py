@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from loramix.adapter_settings import adapter_config
 from loramix.adapters.adapter import replace_folder
-from loramix.budget import joint_settings
+from loramix.budget import expert_settings, joint_settings, steps
 from loramix.data.collation import Example
 from loramix.evaluation.scoring import score
 from loramix.methods import Method, method_named
@@ -29,7 +29,9 @@ from loramix.training.prompt_states import prompt_states
 from loramix.training.router_fit import RouterFit, fit_routers
 from loramix.training.settings import TrainingSettings
 from loramix.training.stages import train_stage
-from loramix.tuner.assembly import Expert, put_experts
+from loramix.training.together import train_in_one_batch
+from loramix.tuner import LoramixConfig
+from loramix.tuner.assembly import Expert, put_experts, take_expert
 from loramix.tuner.guide import ForwardGuide
 from loramix.tuner.layer import LoramixLinear
 
@@ -80,6 +82,51 @@ def train_on(
         kinds=prepared.kinds(),
         keeper=None if prepared.keeping is None else prepared.keeping.stage(title, settings, log_bytes),
     )
+
+
+def train_together(prepared: Prepared, folders: Mapping[str, Path], title: str) -> dict[str, dict[str, Any]]:
+    """Trains the experts of all domains in one batch, saves each as if it had been trained alone, and returns what each
+    has seen.
+
+    Args:
+        prepared: data and base.
+        folders: where the expert of each domain is saved.
+        title: for the bar, the log and the checkpoints.
+    """
+    settings, domains = expert_settings(prepared), prepared.domains
+    model = with_lora(prepared, domains[0])
+    alone = model.peft_config[ADAPTER]
+    fresh = take_expert(model.get_base_model(), ADAPTER)
+    prepared.base = model.unload()
+    same = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform")
+    given = {name: getattr(alone, name) for name in (*same, "backend")}
+    # Routers must be there, but nothing is asked of them: the label names each row's expert.
+    config = LoramixConfig(method="moa", experts=list(domains), router={"reads": "experts"}, **given)
+    model = get_peft_model(prepared.base, config, adapter_name=ADAPTER)
+    put_experts(model.get_base_model(), ADAPTER, dict.fromkeys(domains, fresh))
+    for door in doors_of(model).values():
+        door.router(ADAPTER).requires_grad_(False)
+    log_bytes = 0 if prepared.journal is None else prepared.journal.log_bytes
+    seen = train_in_one_batch(
+        model,
+        {domain: prepared.train[domain] for domain in domains},
+        [steps(settings, len(prepared.train[domain])) for domain in domains],
+        title=title,
+        settings=settings,
+        pad_token_id=prepared.pad,
+        output_dir=prepared.run.path,
+        log_file=prepared.run.log,
+        console=prepared.console,
+        keeper=None if prepared.keeping is None else prepared.keeping.stage(title, settings, log_bytes),
+    )
+    experts = [take_expert(model.get_base_model(), ADAPTER, position) for position in range(len(domains))]
+    prepared.base = model.unload()
+    for domain, expert in zip(domains, experts, strict=True):
+        model = with_lora(prepared, domain)
+        put_experts(model.get_base_model(), ADAPTER, {domain: expert})
+        save(model, folders[domain])
+        prepared.base = model.unload()
+    return dict(zip(domains, seen, strict=True))
 
 
 def train_method(

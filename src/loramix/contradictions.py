@@ -73,6 +73,10 @@ def _stage_problems(experiment: Experiment, method: Method | None) -> list[str]:
     found += [f"joint_stage: {problem}" for problem in second if problem not in first]
     if method is not None and experiment.expert_stage and not method.starts_from_experts and method.name != "lora":
         found.append(f"expert_stage: method {method.name} trains no expert alone. Set training or joint_stage.")
+    if method is not None and experiment.experts_together and not method.starts_from_experts:
+        found.append(f"experts_together: method {method.name} trains no expert alone. Leave it out.")
+    elif experiment.experts_together and experiment.settings(experiment.expert_stage).torch_compile:
+        found.append("experts_together and torch_compile of the expert stage are both set. Leave one out.")
     if method is not None and experiment.joint_stage and method.expert_count == "one":
         found.append(f"joint_stage: method {method.name} has one stage. Set training.")
     return found

@@ -17,10 +17,11 @@ from typing import Any
 
 from rich.console import Console
 
+from loramix import processes
 from loramix.adapter_settings import adapter_config
 from loramix.adapters.adapter import read_adapter
 from loramix.budget import all_stages, expert_settings, longer
-from loramix.building import save, teach_routers, train_method, train_on, with_lora
+from loramix.building import save, teach_routers, train_method, train_on, train_together, with_lora
 from loramix.errors import ConfigError, DataError, did_you_mean
 from loramix.evaluation.evaluate import Row, rows_of, score_domains
 from loramix.evaluation.scoring import Score
@@ -53,12 +54,18 @@ def run_experiment(
         resume: whether a run that was ended goes on. What it gives is bitwise what it would have given.
 
     Raises:
-        ConfigError: the method has no such stage; the folder holds another run, or somebody else writes there.
+        ConfigError: the method has no such stage; the folder holds another run, or somebody else writes there; several
+            processes are to train the experts together.
         ModelError: an expert to go on from is missing or damaged.
         Diverged, Interrupted, StorageError: see `train_stage`.
     """
     started = time.monotonic()
     _check_stage(experiment.method, stage)
+    if experiment.experts_together and processes.count() > 1:
+        raise ConfigError(
+            f"experts_together: got {processes.count()} processes, expected one. Leave it out; each expert is then "
+            "trained by all of them."
+        )
     resume = resume or Resume()
     run = RunFolder(Path(experiment.output_dir))
     with run.locked(), disk_told(run.path):
@@ -150,8 +157,10 @@ def _train_experts(prepared: Prepared, results: Results) -> dict[str, Expert]:
     """Stage 1: each expert alone, measured on its own domain; and the same trained on, if asked for."""
     experts: dict[str, Expert] = {}
     run = prepared.run
+    if prepared.experiment.experts_together and len(prepared.domains) > 1:
+        _train_together(prepared)
     for domain in prepared.domains:
-        part = Part(f"expert {domain}", run.expert(domain), [domain], expert_settings(prepared))
+        part = Part(_expert_title(domain), run.expert(domain), [domain], expert_settings(prepared))
         model = _train_once(prepared, results, part, partial(with_lora, prepared, domain))
         experts[domain] = take_expert(model.get_base_model(), ADAPTER)
         _measure_once(prepared, results, "single", partial(_own_domain, prepared, model, domain), domain)
@@ -163,6 +172,21 @@ def _train_experts(prepared: Prepared, results: Results) -> dict[str, Expert]:
             _measure_once(prepared, results, "single_long", partial(_own_domain, prepared, model, domain), domain)
             prepared.base = model.unload()
     return experts
+
+
+def _expert_title(domain: str) -> str:
+    return f"expert {domain}"
+
+
+def _train_together(prepared: Prepared) -> None:
+    """Trains all experts in one batch, unless that is done; what reads them next finds each trained."""
+    journal, folders = prepared.journal, {domain: prepared.run.expert(domain) for domain in prepared.domains}
+    assert journal is not None
+    if all(journal.trained(_expert_title(domain), folder) is not None for domain, folder in folders.items()):
+        return
+    seen = train_together(prepared, folders, "experts together")
+    for domain, folder in folders.items():
+        journal.note_trained(_expert_title(domain), folder, seen[domain], prepared.run.log)
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,9 @@ class Experiment(_Section):
     """Settings of stage 1 that differ from `training`."""
     joint_stage: dict[str, Any] = Field(default_factory=dict)
     """Settings of stage 2, or of the only stage, that differ from `training`."""
+    experts_together: bool = False
+    """Stage 1 learns the rows of all domains in one batch, each through its own expert, which takes the steps it would
+    take alone; one process."""
     search: SearchSettings = Field(default_factory=SearchSettings)
     controls: list[Literal["base", "single_long", "mixed"]] = Field(default_factory=list)
     """What is measured beside the method, to compare: the bare base, each single LoRA trained on for as long as stage

@@ -127,7 +127,7 @@ def add_up(y_NO: Tensor, gated_NX: Tensor, B_EOR: Tensor, scaling: float) -> Ten
         scaling: s.
     """
     experts, _, rank = B_EOR.shape
-    if 1 < experts and len(gated_NX) <= rank:
+    if experts > 1 and len(gated_NX) <= rank:
         # `up` copies all of B. For a few tokens, as in decoding, a product by expert costs less than that.
         by_expert_ENR = gated_NX.view(-1, experts, rank).transpose(0, 1)
         return torch.add(y_NO, torch.bmm(by_expert_ENR, B_EOR.transpose(1, 2)).sum(dim=0), alpha=scaling)

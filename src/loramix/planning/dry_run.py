@@ -22,6 +22,7 @@ from loramix.models.last_states import last_states
 from loramix.planning.flops import counting
 
 ATTENTION = "loramix_dry_run"
+BY_ROW = "loramix_dry_run_by_row"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class DryRun:
     weight_bytes: int
 
 
-def dry_run(model: Any, tokens: int, learned: int, row: int, head_chunk: int, told: bool) -> DryRun:
+def dry_run(
+    model: Any, tokens: int, learned: int, row: int, head_chunk: int, told: bool, by_row: bool = False
+) -> DryRun:
     """Returns what a step of one long row costs.
 
     Args:
@@ -52,6 +55,7 @@ def dry_run(model: Any, tokens: int, learned: int, row: int, head_chunk: int, to
         row: mean length of the rows it consists of; attention goes no further.
         head_chunk: rows of the head at a time; 0 for all.
         told: whether the forward is told a domain and a prompt.
+        by_row: whether attention goes row by row, as on a processor, and what it gives is copied into one tensor.
 
     Raises:
         ConfigError: the base needs more than shapes to run.
@@ -59,7 +63,8 @@ def dry_run(model: Any, tokens: int, learned: int, row: int, head_chunk: int, to
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     before = base.config._attn_implementation
     AttentionInterface.register(ATTENTION, _attention)
-    base.config._attn_implementation = ATTENTION
+    AttentionInterface.register(BY_ROW, _by_row)
+    base.config._attn_implementation = BY_ROW if by_row else ATTENTION
     ids_1N = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     given: dict[str, Any] = {}
     if told:
@@ -68,8 +73,9 @@ def dry_run(model: Any, tokens: int, learned: int, row: int, head_chunk: int, to
         given["prompt_mask"] = torch.ones(1, width, dtype=torch.bool, device="meta")
     kept = _Kept(model)
     attention = _Attended(base.config.get_text_config(), row)
+    products = _Grouped()  # type: ignore[no-untyped-call]
     try:
-        with torch.device("meta"), _Grouped(), counting() as counter, saved_tensors_hooks(kept, _same):
+        with torch.device("meta"), products, counting() as counter, saved_tensors_hooks(kept, _same):
             with last_states(model) as states:
                 none = torch.zeros(0, dtype=torch.int64)
                 model(input_ids=ids_1N, logits_to_keep=none, use_cache=False, **given)
@@ -106,7 +112,7 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _Grouped(TorchDispatchMode):
+class _Grouped(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Grouped products in any type; torch 2.13 knows their shapes in bf16 only."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,3 +174,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     out_BHTD: Tensor = _Shapes.apply(query_BHTD, key, value)  # type: ignore[no-untyped-call]
     return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+def _by_row(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return _attention(*args, **kwargs)[0].clone(), None

@@ -38,13 +38,13 @@ def _added_by_batch(_: Shape, left: Shape, right: Shape, *args: Any, **kwargs: A
 
 
 def _grouped(left: Shape, right: Shape, *args: Any, **kwargs: Any) -> int:
-    """Rows in groups times a matrix each, (M, K) (E, K, N), or sums over rows by group, (K, M) (M, N): each row once."""
+    """Rows in groups times a matrix each, (M, K) (E, K, N), or sums over rows by group, (K, M) (M, N)."""
     return 2 * left[0] * left[1] * right[-1]
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
+    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]

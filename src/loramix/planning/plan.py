@@ -20,10 +20,10 @@ from loramix.settings import Experiment
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import bound_of
 
-EFFICIENCY = 0.68
+EFFICIENCY = 0.71
 """Share of the GEMM rate that steps reached on the built-in base; benchmarks/plan_error.py says how far off it is."""
-ADAM_BYTES = 4 + 8
-"""A gradient and Adam's two moments for each trained number, fp32."""
+GRADIENT_BYTES, ADAM_BYTES = 4, 8
+"""A gradient, and Adam's two moments, of each trained number, fp32."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class StagePlan:
         parameters, trained: numbers of the model.
         tokens: real tokens learned from, all epochs.
         flops_per_token: forward and backward.
-        memory_bytes: the peak, by what holds it: weights, training (gradients, Adam), activations (of the longest part
-            of a micro-batch, and the head's chunk).
+        memory_bytes: the peak, by what holds it: weights, training (Adam; gradients where a step has several parts),
+            activations (of the longest part of a micro-batch, and the head's chunk).
         seconds: FLOPs over the measured GEMM rate times EFFICIENCY, on this machine.
     """
 
@@ -92,6 +92,7 @@ def _stage(
     tokens = round(rows * mean)
     learned = sum(one.supervised_tokens for one in examples) / sum(lengths)
     longest = largest_part(settings, max(lengths))
+    of_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * max(lengths)
     if method == "lora" and experiment.method != "lora":
         config = adapter_config(experiment, domains, "lora", domains[0])
     else:
@@ -100,14 +101,15 @@ def _stage(
     model = get_peft_model(skeleton, config).train()
     router = method_named(method).router
     told = router is not None and router.settled_by != "nothing"
-    seen = dry_run(model, longest, max(1, round(longest * learned)), round(mean), settings.head_chunk, told)
+    by_row = settings.padding_free and not torch.accelerator.is_available()
+    seen = dry_run(model, longest, max(1, round(longest * learned)), round(mean), settings.head_chunk, told, by_row)
     return StagePlan(
         stage=name,
         parameters=seen.parameters,
         trained=seen.trained,
         tokens=tokens,
         flops_per_token=seen.flops // longest,
-        memory_bytes=memory(seen, model, settings, longest, learned),
+        memory_bytes=memory(seen, model, settings, longest, learned, longest < of_step),
         seconds=seen.flops / longest * tokens / (rate * EFFICIENCY),
     )
 
@@ -119,8 +121,11 @@ def largest_part(settings: TrainingSettings, longest: int) -> int:
     return whole if bound == 0 else max(longest, min(bound, whole))
 
 
-def memory(seen: DryRun, model: Any, settings: TrainingSettings, tokens: int, learned: float) -> dict[str, int]:
-    """Returns bytes at the peak of a step, by what holds them.
+def memory(
+    seen: DryRun, model: Any, settings: TrainingSettings, tokens: int, learned: float, several: bool
+) -> dict[str, int]:
+    """Returns bytes at the peak of a step, by what holds them. A gradient appears in the backward, when what was kept
+    for it goes; those of an earlier part of the step are there already.
 
     Args:
         seen: of `tokens` tokens.
@@ -128,6 +133,7 @@ def memory(seen: DryRun, model: Any, settings: TrainingSettings, tokens: int, le
         settings: of the stage.
         tokens: of the largest part.
         learned: the share of tokens that is learned.
+        several: whether a step has several parts.
     """
     base = model.get_base_model()
     words = base.config.get_text_config().vocab_size
@@ -137,7 +143,10 @@ def memory(seen: DryRun, model: Any, settings: TrainingSettings, tokens: int, le
     if settings.activation_checkpointing:
         layers = base.config.get_text_config().num_hidden_layers
         kept = kept // layers + layers * tokens * base.config.get_text_config().hidden_size * 4
-    return {"weights": seen.weight_bytes, "training": ADAM_BYTES * seen.trained, "activations": kept + head}
+    gradients = GRADIENT_BYTES * seen.trained
+    at_most = kept + head if several else max(kept + head, gradients)
+    training = ADAM_BYTES * seen.trained + (gradients if several else 0)
+    return {"weights": seen.weight_bytes, "training": training, "activations": at_most}
 
 
 def gemm_rate(experiment: Experiment) -> float:

@@ -120,7 +120,7 @@ class StageKeeper:
             log_bytes = self.log_file.stat().st_size if self.log_file.is_file() else 0
 
             def fill(folder: Path) -> None:
-                tensors, rest = optimizer_state(_optimizer(trainer), _names(trainer.model))
+                tensors, rest = optimizer_state(_optimizer(trainer), _names(trainer))
                 save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
                 save_file(tensors, folder / OPTIMIZER)
                 rest["scheduler"] = {"last_epoch": trainer.lr_scheduler.last_epoch}
@@ -178,7 +178,7 @@ def load_optimizer(trainer: MixtureTrainer, folder: Path, *, schedule: bool = Tr
     """
     rest = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))
     optimizer, tensors = _optimizer(trainer), load_file(folder / OPTIMIZER)
-    wrong = set_optimizer_state(optimizer, _names(trainer.model), tensors, rest)
+    wrong = set_optimizer_state(optimizer, _names(trainer), tensors, rest)
     if wrong:
         raise ModelError(f"{folder}: {'; '.join(wrong)}. Remove the folder of checkpoints to begin the stage anew.")
     if schedule:
@@ -267,5 +267,9 @@ def _optimizer(trainer: MixtureTrainer) -> torch.optim.Optimizer:
     return found
 
 
-def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
+def _names(trainer: MixtureTrainer) -> dict[Tensor, str]:
+    """Returns the names of what the optimizer knows: the model's parameters, or parts of them that it names itself."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    for group in _optimizer(trainer).param_groups:
+        names |= dict(zip(group["params"], group.get("param_names", ()), strict=False))
+    return names

@@ -80,10 +80,7 @@ def train_stage(
         batch_size=settings.per_device_train_batch_size,
         seed=settings.seed,
     )
-    collator, attention = _layout(model, settings, pad_token_id)
-    found = _begin(keeper, title, console)
-    progress = TrainingProgress(title, log_file, console)
-    stop = StopAtStepEnd()
+    collator, attention = layout(model, settings, pad_token_id)
     states = read_ahead(model, everything, settings, processes.count(), pad_token_id)
     trainer = MixtureTrainer(
         model,
@@ -95,13 +92,31 @@ def train_stage(
         args=training_arguments(settings, str(output_dir)),
         train_dataset=everything,
         data_collator=collator,
-        callbacks=[progress, stop],
         keeper=keeper,
         prompt_states=states,
         say=lambda line: console.print(f"{title}: {line}", highlight=False, soft_wrap=True),
     )
+    return run(trainer, attention, title=title, log_file=log_file, console=console)
+
+
+def run(
+    trainer: MixtureTrainer, attention: AbstractContextManager[None], *, title: str, log_file: Path, console: Console
+) -> dict[str, Any]:
+    """Lets a trainer train, from its newest checkpoint on where there is one, and returns what was seen.
+
+    Args:
+        trainer: ready to train.
+        attention: under which its batches are learned, from `layout`.
+        title, log_file, console: as of `train_stage`, which also says what is returned and raised.
+    """
+    keeper, model = trainer.keeper, trainer.model
+    found = _begin(keeper, title, console)
+    progress = TrainingProgress(title, log_file, console)
+    stop = StopAtStepEnd()
     progress.trainer = trainer
     trainer.pop_callback(_printer())
+    trainer.add_callback(progress)
+    trainer.add_callback(stop)
     if found is not None:
         trainer.add_callback(PutBackSums(trainer, found.folder))
     with stop, attention:
@@ -129,10 +144,16 @@ def numbered(examples: Iterable[Example]) -> list[Example]:
     return [replace(example, place=place) for place, example in enumerate(examples)]
 
 
-def _layout(
+def layout(
     model: nn.Module, settings: TrainingSettings, pad_token_id: int
 ) -> tuple[Collator | PaddingFreeCollator, AbstractContextManager[None]]:
-    """Returns what puts rows into a batch, and the attention under which such batches are learned."""
+    """Returns what puts rows into a batch, and the attention under which such batches are learned.
+
+    Args:
+        model: to be trained.
+        settings: of the stage.
+        pad_token_id: of the base.
+    """
     if settings.padding_free and keeps_segments_apart(model):
         return PaddingFreeCollator(), segment_attention(model)
     return Collator(pad_token_id), nullcontext()

@@ -19,6 +19,7 @@ from loramix.losses import AUXILIARY, Seen, layer_correct
 from loramix.training.collapse import CollapseWatch
 from loramix.training.guard import StepGuard, divergence
 from loramix.training.keeper import StageKeeper, load_optimizer, load_weights, process_state, restore_random
+from loramix.training.means import DomainMeans, StepMean
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import WHOLE, SmallerBatches, bound_of, real_tokens
 from loramix.training.supervised_loss import SupervisedLoss
@@ -45,6 +46,7 @@ class MixtureTrainer(Trainer):
         keeper: keeps checkpoints, if any are to be kept.
         prompt_states: what routers that read the base take in of each example's prompt, (N, I) by scope; None reads
             the prompts in each step.
+        mean: what the language losses are divided by; a step's supervised tokens by default.
         say: shows a line to whoever watches.
         **kwargs: for `transformers.Trainer` (args, train_dataset, data_collator, callbacks, ...).
     """
@@ -60,6 +62,7 @@ class MixtureTrainer(Trainer):
         kinds: Sequence[int] | None = None,
         keeper: StageKeeper | None = None,
         prompt_states: Mapping[str, Tensor] | None = None,
+        mean: StepMean | DomainMeans | None = None,
         say: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
@@ -90,6 +93,7 @@ class MixtureTrainer(Trainer):
         self._step_tokens = self._step_rows = self._step_real = torch.ones(())
         self.language_loss = SupervisedLoss(model, settings.head_chunk)
         self.prompt_states = prompt_states
+        self.mean = mean or StepMean()
 
     @property
     def tokens_seen(self) -> int:
@@ -134,6 +138,7 @@ class MixtureTrainer(Trainer):
         ).to(device, torch.float32)
         self._step_tokens, self._step_rows, self._step_real = self.accelerator.reduce(counts, reduction="sum").unbind()
         self._tokens_seen = self._step_real.double() + self._tokens_seen
+        self.mean.begin(batches, self._step_tokens)
         return batches, items
 
     def compute_loss(
@@ -153,7 +158,7 @@ class MixtureTrainer(Trainer):
         domain_ids_B = inputs["domain_ids"]
         self.tally.add(domain_ids_B, nll=nll_B, tokens=tokens_B)
         self._step_nll = self._step_nll + nll_B.detach().sum()
-        loss = nll_B.sum() / self._step_tokens
+        loss = self.mean.of(nll_B, domain_ids_B)
         if self.auxiliary:
             loss = loss + self._auxiliary_loss(model, inputs)
         if self._told and (self.state.global_step + 1) % self.args.logging_steps == 0:
