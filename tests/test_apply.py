@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import loramix.experts.apply as apply_module
 from loramix.experts.apply import BACKENDS, choose, concat, gates_by_token, loop, per_sequence
+from loramix.experts.faster import Shape
 from loramix.experts.fused import can_fuse, fused
 from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
@@ -64,6 +66,13 @@ def test_backends_agree_with_loop(batch, length, sizes, experts, rank, share, da
         for name in ("concat", "per_sequence") if level == "sequence" else ("concat",):
             for got, wanted in zip(_outcome(BACKENDS[name], tensors, routing), expected, strict=True):
                 torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=f"{name} {level} {share}")
+
+
+@pytest.mark.parametrize("faster", ["concat", "grouped"])
+def test_auto_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch, faster: str):
+    monkeypatch.setattr(apply_module, "fastest", lambda shape, among: faster)
+    tensors, routing = _case(2, 3, (8, 8), 64, 8, 2, "token", dtype=torch.float32)
+    assert choose("auto", routing, *tensors[2:]) == faster
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -171,7 +180,10 @@ def test_per_sequence_refuses_token_routing():
         per_sequence(*tensors, routing, 1.0)
 
 
-def test_auto_chooses_by_width_and_sparsity():
+def test_auto_chooses_by_width_and_sparsity(monkeypatch: pytest.MonkeyPatch):
+    measured: list[Shape] = []
+    monkeypatch.setattr(apply_module, "fastest", lambda shape, among: measured.append(shape))
+
     def chosen(level, experts, rank, k, sizes=(8, 8), dtype=torch.float32):
         tensors, routing = _case(2, 3, sizes, experts, rank, k, level, dtype=dtype)
         return choose("auto", routing, *tensors[2:])
@@ -181,6 +193,9 @@ def test_auto_chooses_by_width_and_sparsity():
     assert chosen("sequence", 3, 2, None) == "concat", "all experts of a sequence are one wide LoRA"
     assert chosen("token", 8, 8, 2) == "concat"
     assert chosen("token", 64, 8, 2) == "grouped"
+    assert [shape.chosen for shape in measured] == [2], "narrow ones are not measured"
+    assert chosen("token", 1024, 8, 2) == "grouped"
+    assert len(measured) == 1, "nor are very wide ones"
     assert chosen("token", 64, 8, None) == "concat", "with all experts there is nothing to sort"
     assert chosen("token", 64, 6, 2) == "concat", "grouped_mm takes no such rank"
     assert chosen("token", 64, 8, 2, sizes=(7, 8)) == "concat"

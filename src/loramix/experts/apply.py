@@ -14,21 +14,20 @@ output and in every gradient (tests/test_apply.py). All take and return the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from loramix.experts.by_segment import by_segment
+from loramix.experts.faster import Apply, Shape, fastest
 from loramix.experts.fused import add_up, gated
 from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
 
-Apply = Callable[[Tensor, Tensor, Tensor, Tensor, Routing, float], Tensor]
-
 CONCAT_UP_TO = 192
-"""E * R up to which all experts' channels for every token cost less than sorting tokens by expert. Measured here at
-top 2 (benchmarks/step_cost.py): even at 128 to 256; on a GPU the crossing lies higher (peers' figures: 300 to 1600)."""
+"""E * R up to which all experts' channels for every token cost less than sorting tokens by expert, where that is not
+measured. Found on a processor at top 2 (benchmarks/step_cost.py): even at 128 to 256."""
+MEASURED = range(65, 4097)
+"""E * R between which either may be the faster one (on GPUs peers' figures put the crossing at 300 to 1600)."""
 
 
 def gates_like(x_BTI: Tensor, routing: Routing, num_experts: int) -> Tensor:
@@ -103,9 +102,9 @@ def choose(backend: str, routing: Routing, A_ERI: Tensor, B_EOR: Tensor) -> str:
     """Returns the name of the backend for these experts and this routing.
 
     "auto": `per_sequence` where a sequence has fewer experts than there are (on a processor only where rows lie one
-    after the other: elsewhere their tokens are routed one by one); `concat` up to a width of `CONCAT_UP_TO`;
-    above it `grouped`, where each token has few experts and grouped_mm takes the sizes
-    (docs/decisions/0004-apply-backends.md).
+    after the other: elsewhere their tokens are routed one by one); where each token has few experts and grouped_mm
+    takes the sizes, `concat` for narrow experts, `grouped` for wide ones, and between what was measured to be faster on
+    this device (docs/decisions/0004-apply-backends.md).
     """
     if backend != "auto":
         return backend
@@ -115,7 +114,11 @@ def choose(backend: str, routing: Routing, A_ERI: Tensor, B_EOR: Tensor) -> str:
     by_rows = routing.segments is None or A_ERI.device.type == "cpu"
     if routing.level == "sequence" and by_rows:
         return "per_sequence" if chosen < num_experts else "concat"
-    sparse = chosen * 4 <= num_experts and num_experts * rank > CONCAT_UP_TO
-    if sparse and not torch.compiler.is_compiling():
-        return "grouped" if fits(rank, A_ERI.shape[2], B_EOR.shape[1], A_ERI.dtype) else "concat"
-    return "concat"
+    sparse = chosen * 4 <= num_experts and fits(rank, A_ERI.shape[2], B_EOR.shape[1], A_ERI.dtype)
+    if not sparse or torch.compiler.is_compiling():
+        return "concat"
+    width, faster = num_experts * rank, None
+    if width in MEASURED and not A_ERI.is_meta:
+        shape = Shape(str(A_ERI.device), str(A_ERI.dtype), tuple(A_ERI.shape), tuple(B_EOR.shape), chosen)
+        faster = fastest(shape, (("concat", concat), ("grouped", grouped)))
+    return faster or ("grouped" if width > CONCAT_UP_TO else "concat")
