@@ -3,11 +3,15 @@
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --out benchmarks/scaling.json [--axes rank] [--plot docs/images]
 
 One axis at a time from the middle: 8 experts, 2 chosen, rank 8, all linear layers, 4 rows of 256 tokens. The base is
-the built-in one with its first layers only (2 of 30), so its language-model head weighs more than in the whole. A step
-is what `loramix train` takes: collation, forward, losses, backward, AdamW. The points of an axis take turns; CPU
-seconds, medians. Memory is the peak of a step's tensors above those there before it, plus the trained weights, their
-gradients and Adam's state. Measured points are kept in --out and not measured again. The exponent is the slope of a
-line through the logarithms of all points of a method: 0 does not grow, 1 grows with the axis.
+the built-in one with its first layers only (4 of 30), so its language-model head weighs more than in the whole. A step
+is what `loramix train` takes: collation, forward, losses, backward, AdamW.
+
+Some points at a time take turns, each time beside the same reference, one LoRA in the middle: a point's time is the
+median of its ratios to the reference in the same round, times the reference's median over all rounds, in CPU seconds of
+the thread. So a machine that gets slower between two groups does not bend a curve. Memory is the peak of a step's
+tensors above those there before it (its gradients among them), plus the trained weights and Adam's state. Measured
+points are kept in --out and not measured again. The exponent is the slope of a line through the logarithms of a
+method's points: 0 does not grow, 1 grows with the axis.
 """
 
 from __future__ import annotations
@@ -46,10 +50,10 @@ TITLES = {
     "experts": "experts", "top_k": "experts chosen for a token", "rank": "rank", "domains": "domains in a batch",
     "length": "tokens of a row",
 }  # fmt: skip
-MOST_EXPERTS = {"mixlora": 64}
-"""Above it one step's experts, gradients and Adam take more than half of this machine."""
-AT_ONCE = 6
-"""Models in memory at the same time; the points of an axis that take turns."""
+AT_ONCE = 5
+"""Points in memory at the same time, which take turns."""
+REFERENCE = Point(method="lora")
+MIB = 2**20
 
 
 def point(axis: str, value: int, method: str) -> Point:
@@ -69,15 +73,14 @@ def points(axis: str) -> list[tuple[int, str]]:
         (value, method)
         for value in values
         for method in methods
-        if not (axis == "experts" and value > MOST_EXPERTS.get(method, value))
-        and not (axis == "experts" and value < 2 and method == "moa")
+        if not (axis == "experts" and value < 2 and method == "moa")
     ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/scaling.json"))
     parser.add_argument("--plot", type=Path, help="a folder for the pictures")
@@ -85,6 +88,10 @@ def main() -> int:
     asked = parser.parse_args()
     quiet_libraries()
     report = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.is_file() else {"points": []}
+    if report["points"] and report["layers"] != asked.layers:
+        parser.error(
+            f"{asked.out} holds points of {report['layers']} layers, asked for {asked.layers}. Name another file."
+        )
     report |= {"date": date.today().isoformat(), "environment": environment(), "layers": asked.layers}
     base = first_layers(load_base(), asked.layers)
     for axis in asked.axes:
@@ -93,6 +100,7 @@ def main() -> int:
         for start in range(0, len(missing), AT_ONCE):
             report["points"] += measured(base, axis, missing[start : start + AT_ONCE], asked.rounds)
             keep(report, asked.out)
+    settle(report)
     report["exponents"] = [slope for axis in AXES for slope in exponents(report["points"], axis)]
     keep(report, asked.out)
     if asked.plot:
@@ -103,32 +111,48 @@ def main() -> int:
 
 
 def measured(base: Any, axis: str, places: Sequence[tuple[int, str]], rounds: int) -> list[dict[str, Any]]:
-    """Returns the figures of some places, which take turns."""
+    """Returns the figures of some places, which take turns with the reference."""
+    reference = TrainingStep(base, REFERENCE)
+    reference()
     steps = {place: TrainingStep(base, point(axis, *place)) for place in places}
-    found = {}
-    for place, step in steps.items():
+    found: list[dict[str, Any]] = []
+    for (value, method), step in steps.items():
         step()
-        step.step = step.__call__  # type: ignore[attr-defined]
         trained = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
-        found[place] = {
-            "axis": axis,
-            "value": place[0],
-            "method": place[1],
-            "trained": trained,
-            "memory_mib": round(tensor_peak(step) + 4 * 4 * trained / 2**20, 1),  # type: ignore[arg-type]
-        }
-    times: dict[tuple[int, str], list[float]] = {place: [] for place in places}
+        step.step = step.__call__  # type: ignore[attr-defined]
+        memory = tensor_peak(step) + (4 + 8) * trained / MIB  # type: ignore[arg-type]
+        found.append(
+            {"axis": axis, "value": value, "method": method, "trained": trained, "memory_mib": round(memory, 1)}
+        )
+    for one in found:
+        one |= {"seconds": [], "reference_seconds": []}
     for _ in range(rounds):
-        for place, step in steps.items():
-            begun = time.process_time()
-            step()
-            times[place].append(time.process_time() - begun)
-    for place in places:
-        found[place]["cpu_s"] = round(median(times[place]), 4)
-        say(f"{axis} {place}: {found[place]['cpu_s']} s, {found[place]['memory_mib']} MiB")
+        beside = seconds(reference)
+        for one, step in zip(found, steps.values(), strict=True):
+            one["seconds"].append(seconds(step))
+            one["reference_seconds"].append(beside)
+    for one in found:
+        say(f"{axis} {one['value']} {one['method']}: {one['seconds']}, {one['memory_mib']} MiB")
     del steps
     gc.collect()
-    return list(found.values())
+    return found
+
+
+def seconds(step: TrainingStep) -> float:
+    """Takes a step and returns the thread's CPU seconds."""
+    begun = time.thread_time()
+    step()
+    return round(time.thread_time() - begun, 4)
+
+
+def settle(report: dict[str, Any]) -> None:
+    """Works out each point's time from its ratios to the reference."""
+    every = [beside for one in report["points"] for beside in one["reference_seconds"]]
+    report["reference_cpu_s"] = round(median(every), 4)
+    for one in report["points"]:
+        ratios = [a / b for a, b in zip(one["seconds"], one["reference_seconds"], strict=True)]
+        one["ratio"] = round(median(ratios), 4)
+        one["cpu_s"] = round(one["ratio"] * report["reference_cpu_s"], 4)
 
 
 def keep(report: dict[str, Any], file: Path) -> None:
@@ -190,7 +214,7 @@ def draw(found: Sequence[dict[str, Any]], axis: str, file: Path) -> None:
                 axes.set_ylim(0, 1.15 * max(o[name] for o in found if o["axis"] == axis))
             else:
                 axes.set_yscale("log", base=2)
-            ticks = list(AXES[axis][0])
+            ticks = list(AXES[axis][0])[:: 2 if len(AXES[axis][0]) > 6 else 1]
             axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 10 else f"{value:.0f}")
             axes.set_xlabel(TITLES[axis])

@@ -1,9 +1,10 @@
 """Where does a training step's time and memory go, and how far is it from the machine's limit?
 
-    OMP_NUM_THREADS=1 python benchmarks/step_profile.py [--methods lora moa mosld mola mixlora] [--json] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/step_profile.py [--rounds 3] [--json] [--out FILE] [--plot FILE.svg]
 
 The built-in base in fp32, eight experts of rank 8 on all linear layers, rows of mixed lengths without padding, as
-`loramix train` takes a step. torch.profiler's operations are told apart by their shapes and by what they ran in:
+`loramix train` takes a step. Each operation, forward and backward, is timed in the thread's CPU time, and told apart by
+its shapes and by which of our autograd functions it ran in:
 
     base GEMM    products with the frozen weights of the linear layers, forward and backward
     attention    scaled_dot_product_attention, forward and backward
@@ -12,12 +13,13 @@ The built-in base in fp32, eight experts of rank 8 on all linear layers, rows of
     router       what has as many columns as there are experts, top-k, softmax
     base, other  element by element: norms, rotary positions, activations, residuals
     optimizer    AdamW
-    data         putting the batch together (timed by itself)
-    framework    what the step takes beside its operations (Python, autograd, the profiler itself)
+    data         putting the batch together
+    framework    what a step that nothing watches takes beside its operations (Python, autograd)
 
-The limit is the step's FLOPs over the GEMM rate measured in this process on the base's own shapes. `saved` is what the
-forward keeps for the backward, weights left out, each storage once, by the module that was running when it was kept.
-(Not named profile.py: Python's own cProfile would import that instead of its `profile`.)
+The limit is the step's FLOPs, counted with all products and half of each attention's square, over the GEMM rate
+measured in turns with the steps on the base's own shapes. `saved` is what the forward keeps for the backward, weights
+left out, each storage once, by the module that was running when it was kept. (Not named profile.py: Python's own
+cProfile would import that instead of its `profile`.)
 """
 
 from __future__ import annotations
@@ -27,28 +29,28 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from step_parts import PARTS, base_shapes, parts_of, plain_seconds
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from training_step import Point, TrainingStep, examples_of, first_layers
 
 from loramix import load_base
 from loramix.cli.output import quiet_libraries
 from loramix.environment import environment
+from loramix.planning.flops import counting
+from loramix.reports import svg
+from loramix.training.smaller_batches import PROCESSOR_TOKENS
 
 METHODS = ("lora", "moa", "mosld", "mola", "mixlora")
 LENGTHS = (512, 200, 213, 70, 74, 88, 120, 99)
 """Of the demo's rows: questions and answers of four domains."""
-PARTS = ("base GEMM", "attention", "head", "adapter", "router", "base, other", "optimizer", "data", "framework")
-EXPERTS_RUN_IN = ("_Fused", "_BySegment", "_Expand", "_Contract", "_Grouped")
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 
 
 def main() -> int:
@@ -58,6 +60,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="a picture of the shares")
     asked = parser.parse_args()
     quiet_libraries()
     base = first_layers(load_base(), asked.layers)
@@ -65,10 +68,9 @@ def main() -> int:
     rows = [one for length in LENGTHS for one in examples_of(Point(method="lora", rows=1, length=length), words)]
     for place, row in enumerate(rows):
         object.__setattr__(row, "domain_id", place)
-    peak = gemm_rate(base, sum(LENGTHS))
     found = []
     for method in asked.methods:
-        found.append(profiled(TrainingStep(base, Point(method=method), rows), method, base, peak, asked.rounds))
+        found.append(profiled(TrainingStep(base, Point(method=method), rows), method, base, asked.rounds))
         if not asked.json:
             show(found[-1])
     report = {
@@ -77,123 +79,58 @@ def main() -> int:
         "threads": torch.get_num_threads(),
         "lengths": LENGTHS,
         "layers": base.config.num_hidden_layers,
-        "gemm_gflops": round(peak / 1e9, 1),
         "rows": found,
     }
     text = json.dumps(report, indent=2)
     if asked.out:
         asked.out.write_text(text + "\n", encoding="utf-8")
+    if asked.plot:
+        draw(found, asked.plot)
     if asked.json:
         print(text)
     return 0
 
 
 def gemm_rate(base: Any, tokens: int) -> float:
-    """Returns the best FLOP/s of one product on the shapes of the base's linear layers."""
+    """Returns the best FLOP/s of one product on the shapes of the base's linear layers, in the thread's CPU time."""
     best = 0.0
-    for outputs, inputs in sorted(_base_shapes(base)):
+    for outputs, inputs in sorted(base_shapes(base)):
         x, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
-        for _ in range(5):
-            begun = time.process_time()
+        for _ in range(3):
+            begun = time.thread_time()
             for _ in range(4):
                 x @ weight.T
-            best = max(best, 4 * 2 * tokens * inputs * outputs / (time.process_time() - begun))
+            best = max(best, 4 * 2 * tokens * inputs * outputs / (time.thread_time() - begun))
     return best
 
 
-def profiled(step: TrainingStep, method: str, base: Any, peak: float, rounds: int) -> dict[str, Any]:
-    """Returns one method's figures."""
+def profiled(step: TrainingStep, method: str, base: Any, rounds: int) -> dict[str, Any]:
+    """Returns one method's figures; whole steps, watched steps and the GEMM rate take turns."""
     step()
-    plain = []
+    plain, watched, peaks = [], [], []
     for _ in range(rounds):
-        begun = time.process_time()
-        step()
-        plain.append(time.process_time() - begun)
-    begun = time.process_time()
+        plain.append(plain_seconds(step))
+        watched.append(parts_of(step, base))
+        peaks.append(gemm_rate(base, PROCESSOR_TOKENS))
+    whole, peak = median(plain), median(peaks)
+    parts = {name: median(one[name] for one in watched) for name in PARTS}
+    parts["framework"] = max(0.0, whole - sum(parts.values()))
     batch = step.batch()
-    data = time.process_time() - begun
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
-        begun = time.process_time()
-        step.learn(batch)
-        learned = time.process_time() - begun
-        begun = time.process_time()
-        step.update()
-        updated = time.process_time() - begun
-    parts = shares(record.events(), base, step)
-    parts["optimizer"], parts["data"] = updated, data
-    parts["framework"] = max(0.0, learned - sum(v for k, v in parts.items() if k not in ("optimizer", "data")))
-    whole = sum(parts.values())
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         step.learn(batch)
     step.optimizer.zero_grad()
-    flops = counter.get_total_flops()
+    attention = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
+    flops = counter.get_total_flops() - attention // 2  # of causal attention the upper half is never worked out
     return {
         "name": method,
-        "step_cpu_s": round(median(plain), 3),
-        "profiled_cpu_s": round(whole, 3),
-        "shares": {name: round(parts[name] / whole, 4) for name in PARTS},
+        "step_cpu_s": round(whole, 3),
+        "shares": {name: round(parts[name] / sum(parts.values()), 4) for name in PARTS},
         "gflop": round(flops / 1e9, 1),
+        "gemm_gflops": round(peak / 1e9, 1),
         "limit_s": round(flops / peak, 3),
-        "of_limit": round(flops / peak / median(plain), 3),
+        "of_limit": round(flops / peak / whole, 3),
         "saved_mib": saved(step, batch),
     }
-
-
-def _base_shapes(base: Any) -> set[tuple[int, int]]:
-    return {
-        (one.out_features, one.in_features)
-        for name, one in base.named_modules()
-        if isinstance(one, nn.Linear) and "lm_head" not in name
-    }
-
-
-def shares(events: Any, base: Any, step: TrainingStep) -> dict[str, float]:
-    """Returns CPU seconds by part, of the operations alone."""
-    sizes = _base_shapes(base)
-    pairs = {frozenset(pair) if len(set(pair)) > 1 else pair for pair in sizes}
-    words = base.config.vocab_size
-    experts = {len(one.loramix_bank["default"].B_EOR) for one in _layers(step)} | {
-        one.loramix_bank["default"].num_experts for one in _layers(step)
-    }
-    found: Counter[str] = Counter()
-    for event in events:
-        if event.self_cpu_time_total > 0:
-            found[_part(event, pairs, words, experts - {1})] += event.self_cpu_time_total / 1e6
-    found.pop("optimizer", None)  # it is timed by itself
-    return dict.fromkeys(PARTS, 0.0) | dict(found)
-
-
-def _layers(step: TrainingStep) -> list[Any]:
-    return [one for one in step.model.modules() if hasattr(one, "loramix_bank")]
-
-
-def _part(event: Any, pairs: set[Any], words: int, experts: set[int]) -> str:
-    names, one = [], event
-    while one is not None:
-        names.append(one.name)
-        one = one.cpu_parent
-    if any("Optimizer" in name for name in names):
-        return "optimizer"
-    shapes = [tuple(shape) for shape in event.input_shapes or [] if shape]
-    if any("_HeadNll" in name for name in names) or any(words in shape for shape in shapes):
-        return "head"
-    if any("scaled_dot_product" in name for name in names):
-        return "attention"
-    if event.name in PRODUCTS and _with_base_weight(shapes, pairs):
-        return "base GEMM"
-    if any(name.startswith(EXPERTS_RUN_IN) for name in names):
-        return "adapter"
-    if any(shape[-1] in experts for shape in shapes) or any(n in ("aten::topk", "aten::softmax") for n in names):
-        return "router"
-    return "base, other"
-
-
-def _with_base_weight(shapes: list[tuple[int, ...]], pairs: set[Any]) -> bool:
-    """Whether one of the two factors has the shape of a frozen weight, either way round."""
-    return any(
-        len(shape) == 2 and ((frozenset(shape) in pairs) if shape[0] != shape[1] else (shape in pairs))
-        for shape in shapes[-2:]
-    )
 
 
 def saved(step: TrainingStep, batch: dict[str, Any]) -> dict[str, float]:
@@ -244,6 +181,31 @@ def show(row: dict[str, Any]) -> None:
     for name, share in row["shares"].items():
         print(f"  {name:12} {share:6.1%}")
     print("  saved, MiB:", ", ".join(f"{kind} {size}" for kind, size in row["saved_mib"].items()))
+
+
+def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Writes the picture: a bar of shares for each method."""
+    shown = [part for part in PARTS if any(row["shares"][part] >= 0.005 for row in rows)]
+    names = [row["name"] for row in rows]
+    with svg.style():
+        drawn = svg.figure(7.2, 3.2)
+        axes = drawn.add_subplot()
+        left = [0.0] * len(rows)
+        for number, part in enumerate(shown):
+            widths = [100 * row["shares"][part] for row in rows]
+            bars = axes.barh(
+                names, widths, left=left, color=svg.SERIES[number % len(svg.SERIES)], label=part, height=0.7
+            )
+            axes.bar_label(
+                bars, [f"{width:.0f}" if width >= 4 else "" for width in widths], label_type="center", color="white"
+            )
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("percent of a step")
+        axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(file, format="svg", facecolor="white", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -103,14 +104,15 @@ class TrainingStep:
         self.examples = list(examples or examples_of(point, base.config.vocab_size))
         self.collator = PaddingFreeCollator() if point.padding_free else Collator(0)
         settings = TrainingSettings(max_steps=1, tokens_at_once=tokens_at_once)
-        self.trainer = MixtureTrainer(
-            self.model,
-            settings=settings,
-            domains=names,
-            auxiliary=dict(method.losses),
-            args=training_arguments(settings, "unused"),
-            train_dataset=[0],
-        )
+        with TemporaryDirectory() as folder:  # the trainer asks for one, and writes nothing there
+            self.trainer = MixtureTrainer(
+                self.model,
+                settings=settings,
+                domains=names,
+                auxiliary=dict(method.losses),
+                args=training_arguments(settings, folder),
+                train_dataset=[0],
+            )
         self.optimizer = self.trainer.create_optimizer()
 
     def batch(self) -> dict[str, Any]:

@@ -114,6 +114,18 @@ def test_attention_grows_with_the_rows_not_with_the_batch():
     assert long - short == pytest.approx(64 * 16 * of_token)
 
 
+def test_prompts_read_ahead_are_not_read_in_the_step():
+    each, ahead = (
+        dry_run(_built("moa", "meta"), LENGTH, LENGTH - PROMPT, 0, 8, told=True, ahead=known) for known in (False, True)
+    )
+    linears = [
+        m for m in tiny.llama(vocab=256, hidden=64, layers=4).model.layers.modules() if hasattr(m, "in_features")
+    ]
+    once = sum(2 * linear.weight.numel() for linear in linears)
+    read = (each.flops - ahead.flops) / PROMPT
+    assert 0.75 * once < read <= once, "the base's products for each token of a prompt, up to the last router"
+
+
 @pytest.mark.parametrize(
     ("bound", "batch", "longest", "wanted"), [(0, 4, 100, 400), (250, 4, 100, 250), (50, 4, 100, 100), (250, 1, 9, 9)]
 )
@@ -138,7 +150,20 @@ def test_the_command_says_what_training_will_take(tmp_path: Path):
     stages = json.loads(said.stdout)["plan"]
     assert [stage["stage"].split()[-1] for stage in stages] == ["another", "joint"]
     assert all(stage["seconds"] > 0 and stage["tokens"] > 0 for stage in stages)
+    once = _flops_per_token(file, "joint_stage.num_train_epochs=1", "joint_stage.max_steps=-1")
+    often = _flops_per_token(file, "joint_stage.num_train_epochs=9", "joint_stage.max_steps=-1")
+    in_each = _flops_per_token(
+        file, "joint_stage.num_train_epochs=9", "joint_stage.max_steps=-1", "joint_stage.read_ahead=false"
+    )
+    assert often < once == in_each
     shown = CliRunner().invoke(app, ["validate", str(file), "--plan"])
     assert "MFLOP" in shown.output
     wrong = CliRunner().invoke(app, ["validate", str(file), "--plan", "adapter.r=0", "training.seed=-1"])
     assert wrong.exit_code != 0
+
+
+def _flops_per_token(file: Path, *overrides: str) -> int:
+    said = CliRunner().invoke(app, ["validate", str(file), "--plan", "--json", *overrides])
+    assert said.exit_code == 0, said.output
+    found: int = json.loads(said.stdout)["plan"][-1]["flops_per_token"]
+    return found

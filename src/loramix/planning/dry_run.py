@@ -20,6 +20,7 @@ from loramix.errors import ConfigError
 from loramix.losses import head_nll
 from loramix.models.last_states import last_states
 from loramix.planning.flops import counting
+from loramix.tuner.guide import ForwardGuide
 
 ATTENTION = "loramix_dry_run"
 BY_ROW = "loramix_dry_run_by_row"
@@ -44,7 +45,14 @@ class DryRun:
 
 
 def dry_run(
-    model: Any, tokens: int, learned: int, row: int, head_chunk: int, told: bool, by_row: bool = False
+    model: Any,
+    tokens: int,
+    learned: int,
+    row: int,
+    head_chunk: int,
+    told: bool,
+    by_row: bool = False,
+    ahead: bool = False,
 ) -> DryRun:
     """Returns what a step of one long row costs.
 
@@ -55,6 +63,7 @@ def dry_run(
         row: mean length of the rows it consists of; attention goes no further.
         head_chunk: rows of the head at a time; 0 for all.
         told: whether the forward is told a domain and a prompt.
+        ahead: whether what routers take in of prompts is known beforehand, so that the step does not read them.
         by_row: whether attention goes row by row, as on a processor, and what it gives is copied into one tensor.
 
     Raises:
@@ -71,6 +80,10 @@ def dry_run(
         width = max(1, tokens - learned)
         given = {"domain_ids": torch.zeros(1, dtype=torch.int64)}
         given["prompt_mask"] = torch.ones(1, width, dtype=torch.bool, device="meta")
+        if ahead:
+            given["prompt_states"] = {
+                scope: torch.empty(1, door.in_features, device="meta") for scope, door in _doors(base).items()
+            }
     kept = _Kept(model)
     attention = _Attended(base.config.get_text_config(), row)
     products = _Grouped()  # type: ignore[no-untyped-call]
@@ -91,7 +104,7 @@ def dry_run(
         ) from error
     finally:
         base.config._attn_implementation = before
-    forwards = len(states) + (1 if told and _reads(model) else 0)
+    forwards = len(states) + (1 if told and not ahead and _reads(model) else 0)
     parameters = list(model.parameters())
     return DryRun(
         parameters=sum(p.numel() for p in parameters),
@@ -100,6 +113,12 @@ def dry_run(
         kept_bytes=kept.bytes,
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
     )
+
+
+def _doors(base: Any) -> dict[str, Any]:
+    """Returns the modules that routers sit at, by scope."""
+    mixture = ForwardGuide.of(base).active()
+    return {} if mixture is None else mixture.doors
 
 
 def _reads(model: Any) -> bool:

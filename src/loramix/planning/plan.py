@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,15 +103,20 @@ def _stage(
     router = method_named(method).router
     told = router is not None and router.settled_by != "nothing"
     by_row = settings.padding_free and not torch.accelerator.is_available()
-    seen = dry_run(model, longest, max(1, round(longest * learned)), round(mean), settings.head_chunk, told, by_row)
+    run = partial(dry_run, model, longest, max(1, round(longest * learned)), round(mean), settings.head_chunk, told)
+    seen = run(by_row)
+    flops = seen.flops / longest * tokens
+    if told and settings.read_ahead and rows > len(examples):  # prompts are read once, not in every epoch
+        every_time, seen = seen, run(by_row, ahead=True)
+        flops = (seen.flops * tokens + (every_time.flops - seen.flops) * sum(lengths)) / longest
     return StagePlan(
         stage=name,
         parameters=seen.parameters,
         trained=seen.trained,
         tokens=tokens,
-        flops_per_token=seen.flops // longest,
+        flops_per_token=round(flops / tokens),
         memory_bytes=memory(seen, model, settings, longest, learned, longest < of_step),
-        seconds=seen.flops / longest * tokens / (rate * EFFICIENCY),
+        seconds=flops / (rate * EFFICIENCY),
     )
 
 
