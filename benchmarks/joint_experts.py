@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     quiet_libraries()
-    work = prepared(Namespace(max_length=512, rows=asked.rows, batch=0))
+    work = prepared(Namespace(max_length=512, rows=asked.rows, batch=0, loop_rows=0))
     parts = [
         [replace(one, domain_id=expert) for one in work.examples[name]]
         for expert, name in enumerate(list(work.examples)[::2])  # one label of each domain

@@ -210,10 +210,8 @@ def draw(found: Sequence[dict[str, Any]], axis: str, file: Path) -> None:
                 if own:
                     axes.plot(*zip(*own, strict=True), marker=marker, color=colour, label=method, linewidth=1.6)
             axes.set_xscale("log", base=2)
-            if name == "cpu_s":  # from nothing, so that noise does not look like growth
-                axes.set_ylim(0, 1.15 * max(o[name] for o in found if o["axis"] == axis))
-            else:
-                axes.set_yscale("log", base=2)
+            # From nothing, so that noise does not look like growth.
+            axes.set_ylim(0, 1.15 * max(one[name] for one in found if one["axis"] == axis))
             ticks = list(AXES[axis][0])[:: 2 if len(AXES[axis][0]) > 6 else 1]
             axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 10 else f"{value:.0f}")

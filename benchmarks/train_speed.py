@@ -13,7 +13,8 @@ ratios are taken within a round and their medians shown.
 `lora`, `moa`, `mosld`, `mola`, `mixlora`  loramix; eight experts (each demo domain dealt out to two labels), the
                 method's own losses, as `loramix train` trains its last stage.
 `loop`          MoLA as peers write it (a loop over experts with gathers), under transformers' Trainer; two rows a time
-                with gradient accumulation, since a whole batch takes more than 24 GB. Its memory is that of two rows.
+                (--loop-rows) with gradient accumulation, since a whole batch takes more than 24 GB. Its memory is that
+                of two rows.
 
 Memory is what the process's resident memory rises to in the loop, above what it was before.
 """
@@ -58,7 +59,6 @@ from loramix.training.trainer import MixtureTrainer
 
 SIDES = ("stock", "stock-by-length", "trl-packing", "lora", "moa", "mosld", "mola", "mixlora", "loop")
 PACKED_LENGTH = 1024
-LOOP_ROWS = 2
 RATE = 1e-4
 
 
@@ -101,6 +101,7 @@ class Work:
     tokenizer: Any
     examples: dict[str, list[Example]]
     batch: int
+    loop_rows: int = 2
 
     @property
     def rows(self) -> list[Example]:
@@ -117,6 +118,7 @@ def main() -> int:
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--rows", type=int, default=6, help="of each of the eight labels")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--loop-rows", type=int, default=2, help="rows that the loop takes at once")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
@@ -166,7 +168,7 @@ def prepared(args: argparse.Namespace) -> Work:
     tokenizer = load_tokenizer()
     data = encode_all(build(content).experiment, tokenizer)
     few = {name: examples[: args.rows] for name, examples in data.train.items()}
-    return Work(load_base(), tokenizer, few, args.batch)
+    return Work(load_base(), tokenizer, few, args.batch, args.loop_rows)
 
 
 def trained(side: str) -> Callable[[Work, str, Path, Loop], None]:
@@ -195,8 +197,8 @@ def _stock(work: Work, side: str, scratch: Path, loop: Loop) -> None:
         model = put_in(shared_copy(work.base), "mola", "loop+index_add", TARGETS["all-linear"], shape)
     arguments = TrainingArguments(
         **_arguments(scratch),
-        per_device_train_batch_size=LOOP_ROWS if side == "loop" else work.batch,
-        gradient_accumulation_steps=max(1, work.batch // LOOP_ROWS) if side == "loop" else 1,
+        per_device_train_batch_size=work.loop_rows if side == "loop" else work.batch,
+        gradient_accumulation_steps=max(1, work.batch // work.loop_rows) if side == "loop" else 1,
         train_sampling_strategy="group_by_length" if side == "stock-by-length" else "random",
     )
     collator = DataCollatorForSeq2Seq(work.tokenizer, padding=True, label_pad_token_id=IGNORED)

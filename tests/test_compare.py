@@ -270,6 +270,10 @@ def test_all_problems_of_all_rows_are_told_at_once(tmp_path: Path):
 def test_keys_of_a_run_are_refused_with_what_to_use(tmp_path: Path):
     with pytest.raises(ConfigError, match="controls: a comparison has none"):
         built(tmp_path, "controls=[base]", "seed=3")
+    with pytest.raises(ConfigError, match="a comparison trains each expert by itself"):
+        built(tmp_path, "experts_together=true")
+    with pytest.raises(ConfigError, match="a comparison trains each expert by itself"):
+        built(tmp_path, "methods.moa.experts_together=true")
 
 
 def _process(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:

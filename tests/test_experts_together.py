@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from loramix import processes
 from loramix.data.joint_steps import JointSteps, steps_alone
 from loramix.errors import ConfigError
 from loramix.experiment import build
+from loramix.reports.reading import read
 from tests import ended
 from tests.test_trainer import _examples as examples
 
@@ -24,6 +26,7 @@ def _content(place: Path, **more: Any) -> dict[str, Any]:
     content = ended.settings(place, "moa", max_steps=-1, num_train_epochs=2, max_grad_norm=0.05, warmup_steps=0.2)
     content["data"]["max_train_examples"] = {"adds": 17, "greets": 6, "shouts": 11}
     content["controls"], content["adapter"] = [], {"lora_dropout": 0.0}
+    content["training"]["logging_steps"] = 1
     content["joint_stage"] = {"max_steps": 1}
     return {**content, **more}
 
@@ -59,6 +62,13 @@ def test_experts_are_those_of_one_after_another(tmp_path: Path, padding_free: bo
 def test_a_run_goes_on_from_its_checkpoint_bitwise(tmp_path: Path):
     content = {**_content(tmp_path), "experts_together": True, "adapter": {"lora_dropout": 0.1}}
     ended.train(content, tmp_path / "whole")
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    together = [entry for entry in log if entry["stage"] == "experts together" and "loss" in entry]
+    for entry in together:
+        assert 4 < entry["loss"] < 6, "a mean of the experts' losses, not their sum"
+        assert "router_load_max" not in entry, "no router is taught"
+    curves = read(tmp_path / "whole")["curves"]["lora/single"]
+    assert {"adds", "greets", "shouts"} <= curves.keys()
     with ended.calls(*ended.STEP, ended.killed_at(6)), pytest.raises(ended.Killed):
         ended.train(content, tmp_path / "killed")
     ended.train(content, tmp_path / "killed", resume=True)

@@ -333,3 +333,13 @@ def test_a_base_in_training_mode_is_left_in_it():
     modes = {name: module.training for name, module in model.named_modules()}
     keeps_segments_apart(model)
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_trying_the_base_thaws_nothing():
+    model = tiny.moa()
+    frozen = {name for name, parameter in model.named_parameters() if "router" in name}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen and parameter.requires_grad)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert keeps_segments_apart(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

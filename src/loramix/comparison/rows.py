@@ -18,6 +18,7 @@ LONGER = "lora-long"
 """The row of each domain's LoRA trained on for as long as a mixture's second stage."""
 _ROW_KEYS = ("method", "settings")
 _COMMON_ONLY = ("seed", "model_name_or_path", "controls", "output_dir", "dtype")
+ALONE = "experts_together: a comparison trains each expert by itself, to share it between rows. Leave it out."
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def row_of(
         return None, [f"method = {method!r}: no such method.{did_you_mean(method, known)} Known: {', '.join(known)}."]
     run_in, wrong = _settings(method, given.get("settings"), settings)
     wrong += [f"{key}: is the same for all rows. Set it for the comparison." for key in _COMMON_ONLY if key in own]
+    if "experts_together" in own:
+        wrong.append(ALONE)
     two_stages = starts_from_experts(method)
     if not two_stages and own.get("expert_stage"):
         wrong.append(f"expert_stage: {method} trains no expert alone. Set training.")

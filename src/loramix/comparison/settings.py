@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loramix.comparison.rows import BASE, LONGER, Row, Setting, merged, row_of
+from loramix.comparison.rows import ALONE, BASE, LONGER, Row, Setting, merged, row_of
 from loramix.errors import ConfigError, Problems, did_you_mean
 from loramix.experiment import read_yaml, settle
 from loramix.settings import BUILTIN, Experiment
@@ -177,6 +177,8 @@ def _shared(settled: dict[str, Any], problems: Problems) -> Shared | None:
         if key in settled:
             instead = {"method": "methods", "controls": f"the rows {BASE}, lora and {LONGER} of methods"}
             problems.add(f"{key}: a comparison has none. Use {instead.get(key, 'seeds')}.")
+    if settled.pop("experts_together", False):
+        problems.add(ALONE)
     base = settled.pop("model_name_or_path", None)
     given["bases"] = given.get("bases") or [base or BUILTIN]
     if isinstance(given.get("methods"), dict):

@@ -80,8 +80,14 @@ def keeps_segments_apart(model: nn.Module) -> bool:
     return bool(apart <= (1e-3 if alone.dtype == torch.float32 else 5e-2))
 
 
-def _without_adapters(model: nn.Module) -> Any:
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+@contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    """Leaves adapters out. PEFT lets all of them require gradients afterwards; what did not before still does not."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        yield
+    for parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 def _device(model: nn.Module) -> str:

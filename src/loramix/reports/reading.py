@@ -32,7 +32,7 @@ _ROWS = {
     "single_long": ("lora-long", "single", "LoRA, as long"),
     "mixed": ("lora", "mixture", "LoRA"),
 }
-_STAGES = {"expert": "lora/single", "longer": "lora-long/single", "mixed": "lora/mixture"}
+_STAGES = {"expert": "lora/single", "experts": "lora/single", "longer": "lora-long/single", "mixed": "lora/mixture"}
 
 
 def read(path: str | Path) -> Content:

@@ -28,6 +28,10 @@ class StepMean:
         """
         return nll_B.sum() / self._tokens
 
+    def shown(self, loss: Tensor) -> Tensor:
+        """Returns a part of the step's loss as the log has it."""
+        return loss
+
 
 class DomainMeans:
     """A mean for each domain over its own supervised tokens, and their sum: where every domain has weights of its own,
@@ -39,6 +43,7 @@ class DomainMeans:
 
     def __init__(self, domains: int) -> None:
         self._tokens_D = torch.ones(domains)
+        self._taking_part = domains
 
     def begin(self, batches: Sequence[dict[str, Any]], tokens: Tensor) -> None:
         """Takes the micro-batches of a step; see `StepMean`."""
@@ -46,8 +51,13 @@ class DomainMeans:
         for batch in batches:
             domains_M = batch["domain_ids"][batch["supervised_rows"]].cpu()
             counts_D += torch.bincount(domains_M, minlength=len(counts_D))
+        self._taking_part = int((counts_D > 0).sum())
         self._tokens_D = counts_D.clamp(min=1)
 
     def of(self, nll_B: Tensor, domain_ids_B: Tensor) -> Tensor:
         """Returns these rows' part of the step's loss; see `StepMean`."""
         return (nll_B / self._tokens_D.to(nll_B.device)[domain_ids_B]).sum()
+
+    def shown(self, loss: Tensor) -> Tensor:
+        """Returns a part of the step's loss as the log has it: the mean of the domains that take part."""
+        return loss / self._taking_part

@@ -52,8 +52,8 @@ def train_in_one_batch(
         pad_token_id, output_dir, log_file, console, keeper: as of `train_stage`.
 
     Returns:
-        for each expert its steps and tokens (real ones); the seconds, shared out by tokens; no loss, which the log has
-        by domain.
+        for each expert its steps and tokens (real ones); the seconds, shared out by tokens; no loss: the log has it by
+            domain, and their mean as `loss`.
 
     Raises:
         as `train_stage`.

@@ -79,6 +79,8 @@ class MixtureTrainer(Trainer):
         if (guide := ForwardGuide.on(routed)) is not None and guide.attached is not None:
             raise ConfigError("the losses are attached, and MixtureTrainer adds them itself. Call detach_losses first.")
         self._told = any(isinstance(config, LoramixConfig) for config in adapters.values())
+        routers = [p.requires_grad for name, p in model.named_parameters() if ".loramix_router." in name]
+        self._watches = self._told and (any(routers) or not routers)
         self.tally = DomainTally(domains)
         self._tokens_seen = torch.zeros((), dtype=torch.float64)
         self.keeper = keeper
@@ -161,7 +163,7 @@ class MixtureTrainer(Trainer):
         loss = self.mean.of(nll_B, domain_ids_B)
         if self.auxiliary:
             loss = loss + self._auxiliary_loss(model, inputs)
-        if self._told and (self.state.global_step + 1) % self.args.logging_steps == 0:
+        if self._watches and (self.state.global_step + 1) % self.args.logging_steps == 0:
             routed: Any = self.accelerator.unwrap_model(model)
             self.watch.look(routed.routings, domain_ids_B, len(self.tally.domains))
         # Data parallelism averages gradients over processes; the counts above are over all of them.
@@ -198,7 +200,7 @@ class MixtureTrainer(Trainer):
             return super(MixtureTrainer, self).training_step(model, part, num_items_in_batch)
 
         loss = learn(inputs) if self.accelerator.num_processes > 1 else self.smaller.learn(inputs, learn, self._undo)
-        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
+        return self.mean.shown(torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss)))
 
     def _undo(self) -> None:
         """Takes back what the step has left so far."""
