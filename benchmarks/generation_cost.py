@@ -172,7 +172,7 @@ def table(costs: dict[str, Costs], rows: int, new_tokens: int) -> list[dict[str,
 
 
 def shown(one: dict[str, Any]) -> str:
-    """Returns a row as a line of the table in docs/inference-cost.md."""
+    """Returns a row as a line of the table in docs/inference-cost.md, which leaves the last two columns out."""
     cells = [str(one["rows"]), one["side"], one["over"]]
     for name in ("prompt_ratio", "token_ratio", "whole_ratio"):
         low, high = one[f"{name}_range"]
