@@ -156,6 +156,11 @@ def test_the_command_says_what_training_will_take(tmp_path: Path):
         file, "joint_stage.num_train_epochs=9", "joint_stage.max_steps=-1", "joint_stage.read_ahead=false"
     )
     assert often < once == in_each
+    said = CliRunner().invoke(app, ["validate", str(file), "--plan", "--json", "experts_together=true"])
+    together = json.loads(said.stdout)["plan"][0]
+    assert together["stage"] == "3 experts, together"
+    assert together["trained"] == 3 * stages[0]["trained"], "all experts, no routers"
+    assert together["tokens"] == stages[0]["tokens"]
     shown = CliRunner().invoke(app, ["validate", str(file), "--plan"])
     assert "MFLOP" in shown.output
     wrong = CliRunner().invoke(app, ["validate", str(file), "--plan", "adapter.r=0", "training.seed=-1"])

@@ -39,3 +39,23 @@ def adapter_config(
     names = {"one": [expert], "one per domain": list(domains)}.get(asked.expert_count)
     told = asked.settled_by == "domain"
     return LoramixConfig(method=asked.name, experts=names, domains=list(domains) if told else None, **settings)
+
+
+def together_config(experiment: Experiment, domains: Sequence[str]) -> Any:
+    """Returns the LoramixConfig under which stage 1 trains the experts of all domains in one batch: those that
+    `adapter_config` gives for each alone, beside each other. Routers must be there, but nothing is asked of them: the
+    label names each row's expert.
+
+    Args:
+        experiment: the settings.
+        domains: names, in the order of `domain_ids`.
+
+    Raises:
+        ConfigError: the settings do not fit an expert.
+    """
+    from loramix.tuner import LoramixConfig
+
+    alone = adapter_config(experiment, domains, "lora", domains[0])
+    same = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform")
+    given = {name: getattr(alone, name) for name in (*same, "backend")}
+    return LoramixConfig(method="moa", experts=list(domains), router={"reads": "experts"}, **given)

@@ -14,7 +14,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import set_seed
 
-from loramix.adapter_settings import adapter_config
+from loramix.adapter_settings import adapter_config, together_config
 from loramix.adapters.adapter import replace_folder
 from loramix.budget import expert_settings, joint_settings, steps
 from loramix.data.collation import Example
@@ -30,7 +30,6 @@ from loramix.training.router_fit import RouterFit, fit_routers
 from loramix.training.settings import TrainingSettings
 from loramix.training.stages import train_stage
 from loramix.training.together import train_in_one_batch
-from loramix.tuner import LoramixConfig
 from loramix.tuner.assembly import Expert, put_experts, take_expert
 from loramix.tuner.guide import ForwardGuide
 from loramix.tuner.layer import LoramixLinear
@@ -95,14 +94,9 @@ def train_together(prepared: Prepared, folders: Mapping[str, Path], title: str) 
     """
     settings, domains = expert_settings(prepared), prepared.domains
     model = with_lora(prepared, domains[0])
-    alone = model.peft_config[ADAPTER]
     fresh = take_expert(model.get_base_model(), ADAPTER)
     prepared.base = model.unload()
-    same = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform")
-    given = {name: getattr(alone, name) for name in (*same, "backend")}
-    # Routers must be there, but nothing is asked of them: the label names each row's expert.
-    config = LoramixConfig(method="moa", experts=list(domains), router={"reads": "experts"}, **given)
-    model = get_peft_model(prepared.base, config, adapter_name=ADAPTER)
+    model = get_peft_model(prepared.base, together_config(prepared.experiment, domains), adapter_name=ADAPTER)
     put_experts(model.get_base_model(), ADAPTER, dict.fromkeys(domains, fresh))
     for door in doors_of(model).values():
         door.router(ADAPTER).requires_grad_(False)

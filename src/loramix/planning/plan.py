@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from peft import get_peft_model
 
-from loramix.adapter_settings import adapter_config
+from loramix.adapter_settings import adapter_config, together_config
 from loramix.budget import rows_learned
 from loramix.data.collation import Example
 from loramix.methods import method_named
@@ -65,42 +65,49 @@ def plan(experiment: Experiment, train: dict[str, list[Example]]) -> list[StageP
     rate = gemm_rate(experiment)
     if method.tuner != "loramix":
         return []
+    domains = list(train)
     if method.starts_from_experts:
         settings = experiment.settings(experiment.expert_stage)
         rows = sum(rows_learned(settings, len(part)) for part in train.values())
-        name = f"{len(train)} experts, one after another"
-        stages.append(_stage(experiment, "lora", name, settings, rows, everything, list(train), rate))
+        if experiment.experts_together and len(domains) > 1:
+            batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * len(domains)
+            settings = replace(settings, per_device_train_batch_size=batch, gradient_accumulation_steps=1)
+            config, name = together_config(experiment, domains), f"{len(domains)} experts, together"
+        else:
+            config = adapter_config(experiment, domains, "lora", domains[0])
+            name = f"{len(domains)} experts, one after another"
+        stages.append(_stage(experiment, config, name, settings, rows, everything, rate, taught=False))
     if method.stages[-1].takes_steps:
         settings = experiment.settings(experiment.joint_stage)
         rows = rows_learned(settings, len(everything))
-        name = method.stages[-1].name
-        stages.append(_stage(experiment, method.name, name, settings, rows, everything, list(train), rate))
+        config, name = adapter_config(experiment, domains), method.stages[-1].name
+        stages.append(_stage(experiment, config, name, settings, rows, everything, rate, taught=True))
     return stages
 
 
 def _stage(
     experiment: Experiment,
-    method: str,
+    config: Any,
     name: str,
     settings: TrainingSettings,
     rows: int,
     examples: Sequence[Example],
-    domains: list[str],
     rate: float,
+    taught: bool,
 ) -> StagePlan:
+    """Plans a stage; `taught` says whether the routers that are there learn."""
     lengths = [one.length for one in examples]
     mean = sum(lengths) / len(lengths)
     tokens = round(rows * mean)
     learned = sum(one.supervised_tokens for one in examples) / sum(lengths)
     longest = largest_part(settings, max(lengths))
     of_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * max(lengths)
-    if method == "lora" and experiment.method != "lora":
-        config = adapter_config(experiment, domains, "lora", domains[0])
-    else:
-        config = adapter_config(experiment, domains)
     skeleton = load_skeleton(experiment.model_name_or_path).to(getattr(torch, experiment.dtype))
     model = get_peft_model(skeleton, config).train()
-    router = method_named(method).router
+    for parameter_name, parameter in model.named_parameters():
+        if not taught and ".loramix_router." in parameter_name:
+            parameter.requires_grad_(False)
+    router = method_named(config.method).router
     told = router is not None and router.settled_by != "nothing"
     by_row = settings.padding_free and not torch.accelerator.is_available()
     run = partial(dry_run, model, longest, max(1, round(longest * learned)), round(mean), settings.head_chunk, told)
