@@ -20,7 +20,8 @@ OURS = {"loramix.experts": "adapter", "loramix.losses": "head"}
 
 
 class Stopwatch(TorchDispatchMode):
-    """Times every operation of the calling thread, forward and backward, in the thread's CPU time.
+    """Times every operation of the calling thread, forward and backward, in the thread's CPU time. Looking at the clock
+    adds about two microseconds to each.
 
     Args:
         step: whose base, experts and head tell the parts apart.
@@ -54,9 +55,12 @@ class Stopwatch(TorchDispatchMode):
         if self.inside:
             return self.inside[-1]
         made = [tuple(out.shape)] if isinstance(out, Tensor) else []
-        if any(self._words in shape for shape in [*shapes, *made]):
+        if name != "aten::embedding" and any(self._words in shape for shape in [*shapes, *made]):
             return "head"
-        routed = any(shape and shape[-1] in self._experts for shape in [*shapes, *made])
+        # By token, (N, E) or (1, N, E); not a stack of experts whose rank is as large as their number.
+        routed = any(
+            one[-1:] and one[-1] in self._experts and len(one) - (one[0] == 1) == 2 for one in [*shapes, *made]
+        )
         return "router" if routed or name in ("aten::topk", "aten::_softmax") else "base, other"
 
 

@@ -14,7 +14,7 @@ its shapes and by which of our autograd functions it ran in:
     base, other  element by element: norms, rotary positions, activations, residuals
     optimizer    AdamW
     data         putting the batch together
-    framework    what a step that nothing watches takes beside its operations (Python, autograd)
+    framework    what a step that nothing watches takes beside its operations (Python, autograd), never below 0
 
 The limit is the step's FLOPs, counted with all products and half of each attention's square, over the GEMM rate
 measured in turns with the steps on the base's own shapes. `saved` is what the forward keeps for the backward, weights
@@ -151,7 +151,8 @@ def saved(step: TrainingStep, batch: dict[str, Any]) -> dict[str, float]:
         kind = _kind(module)
         if kind:
             hooks.append(module.register_forward_pre_hook(lambda *_, kind=kind: running.append(kind)))
-            hooks.append(module.register_forward_hook(lambda *_: running.pop() and None))
+            # always_call: reading a prompt ends in the middle of a forward
+            hooks.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
     alive: list[Tensor] = []
     try:
         with saved_tensors_hooks(lambda t: (alive.append(t), keep(t))[1], lambda t: t):
@@ -210,4 +211,5 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)  # the clock is one thread's
     raise SystemExit(main())
