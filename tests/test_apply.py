@@ -12,8 +12,10 @@ from torch import nn
 
 import loramix.experts.apply as apply_module
 from loramix.experts.apply import BACKENDS, choose, concat, gates_by_token, loop, per_sequence
+from loramix.experts.by_channel import ByChannel
+from loramix.experts.dropping import InputDropout
 from loramix.experts.faster import Shape
-from loramix.experts.fused import can_fuse, fused
+from loramix.experts.fused import Layer, can_fuse, fused
 from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
 from tests.reference import mixture_delta
@@ -84,36 +86,118 @@ def test_grouped_agrees_with_loop(share, k):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+def _at_once(layer, x, drop, A, B, gates, scaling):
+    (out,) = fused([Layer(A, B, gates, scaling, layer)], x.flatten(0, 1), drop, ByChannel())
+    return out.view(*x.shape[:-1], -1)
+
+
+def _agree(one, other, given, **near):
+    """Two ways give the same tensors and the same gradients."""
+    got, wanted = one(*given), other(*given)
+    torch.testing.assert_close(got, wanted, **near)
+    swing = [torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos() for y in wanted]
+    slopes = [
+        torch.autograd.grad(sum((y * s).sum() for y, s in zip(ys, swing, strict=True)), given) for ys in (got, wanted)
+    ]
+    for left, right in zip(*slopes, strict=True):
+        torch.testing.assert_close(left, right, **near)
+
+
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropped", [True, False])
 def test_fused_agrees_with_the_layer_and_the_loop(share, bias, dropped):
     (_, x, A, B), routing = _case(2, 5, (6, 4), 3, 2, 2, "token", share)
     layer = nn.Linear(6, 4, bias=bias, dtype=torch.float64).requires_grad_(False)
-    other = x * 1.0 if not dropped else x * (torch.rand_like(x) > 0.3)
+    drop = torch.rand(x.shape) < 0.3 if dropped else None
+    kept = 1.0 if drop is None else 1.0 - drop.double()
+    _agree(
+        lambda x, A, B, _: [
+            _at_once(layer, x, None if drop is None else drop.flatten(0, 1), A, B, gates_by_token(x, routing, 3), 1.7)
+        ],
+        lambda x, A, B, _: [loop(layer(x), x * kept, A, B, routing, 1.7)],
+        (x, A, B, routing.weights),
+    )
 
-    def plainly(x, A, B, weights):
-        return loop(layer(x), other if not dropped else other.detach() + 0 * x, A, B, routing, 1.7)
 
-    def at_once(x, A, B, weights):
-        given = x if not dropped else other.detach() + 0 * x
-        return fused(layer, x, given, A, B, gates_by_token(x, routing, 3), 1.7)
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("dropped", [True, False])
+def test_layers_that_read_the_same_agree_with_each_alone(share, dropped):
+    """Two layers of other widths, ranks, gates and scalings, of which one is used twice as much as the other."""
+    (_, x, A, B), routing = _case(2, 5, (6, 4), 3, 2, 2, "token", share)
+    (_, _, C, D), other = _case(2, 5, (6, 7), 3, 4, 2, "token", share)
+    layers = [nn.Linear(6, 4, dtype=torch.float64), nn.Linear(6, 7, bias=False, dtype=torch.float64)]
+    for layer in layers:
+        layer.requires_grad_(False)
+    drop = torch.rand(x.shape) < 0.3 if dropped else None
+    kept = 1.0 if drop is None else 1.0 - drop.double()
 
-    given = (x, A, B, routing.weights)
-    got, wanted = at_once(*given), plainly(*given)
-    torch.testing.assert_close(got, wanted)
-    swing = torch.arange(got.numel(), dtype=got.dtype).view_as(got).cos()
-    for one, other_one in zip(
-        torch.autograd.grad((got * swing).sum(), given), torch.autograd.grad((wanted * swing).sum(), given), strict=True
-    ):
-        torch.testing.assert_close(one, other_one)
+    def together(x, A, B, C, D, *_):
+        gates = [gates_by_token(x, one, 3) for one in (routing, other)]
+        of_layers = [Layer(A, B, gates[0], 1.7, layers[0]), Layer(C, D, gates[1], 0.6, layers[1])]
+        outs = fused(of_layers, x.flatten(0, 1), None if drop is None else drop.flatten(0, 1), ByChannel())
+        return [out.view(2, 5, -1) for out in outs]
+
+    def alone(x, A, B, C, D, *_):
+        return [
+            loop(layers[0](x), x * kept, A, B, routing, 1.7),
+            loop(layers[1](x), x * kept, C, D, other, 0.6),
+        ]
+
+    _agree(together, alone, (x, A, B, C, D, routing.weights, other.weights))
 
 
 def test_fused_without_gates_is_lora():
     (_, x, A, B), _ = _case(2, 5, (6, 4), 1, 2, 1, "sequence")
     layer = nn.Linear(6, 4, dtype=torch.float64).requires_grad_(False)
-    torch.testing.assert_close(fused(layer, x, x, A, B, None, 0.5), layer(x) + 0.5 * (x @ A[0].T) @ B[0].T)
-    torch.autograd.gradcheck(partial(lambda x, A, B: fused(layer, x, x, A, B, None, 0.5)), (x, A, B))
+    torch.testing.assert_close(_at_once(layer, x, None, A, B, None, 0.5), layer(x) + 0.5 * (x @ A[0].T) @ B[0].T)
+    torch.autograd.gradcheck(partial(lambda x, A, B: _at_once(layer, x, None, A, B, None, 0.5)), (x, A, B))
+
+
+@pytest.mark.parametrize("kinds", ["autocast", "autocast, base in bf16", "base in bf16"])
+@pytest.mark.parametrize("share", SHARES)
+def test_fused_in_sixteen_bits_agrees_with_plain_backends(share, kinds):
+    """As near as sums of bf16 come, and with the types that the plain way gives; gradients of experts stay fp32."""
+    (_, x, A, B), routing = _case(2, 5, (16, 12), 3, 4, 2, "token", share, torch.float32)
+    layer = nn.Linear(16, 12).requires_grad_(False)
+    if "base" in kinds:
+        layer, x = layer.bfloat16(), x.detach().bfloat16().requires_grad_()
+    given = (x, A, B, routing.weights)
+    found = []
+    for way in ("fused", "plain"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled="autocast" in kinds):
+            assert can_fuse(layer, x, A)
+            if way == "fused":
+                y = _at_once(layer, x, None, A, B, gates_by_token(x, routing, 3, A.dtype), 1.7)
+            else:
+                wide = x.to(A.dtype)
+                y = concat(layer(x).to(wide.dtype), wide, A, B, routing, 1.7).bfloat16()
+        slope = torch.arange(y.numel()).view_as(y).float().cos()
+        found.append((y, *torch.autograd.grad((y.float() * slope).sum(), given)))
+    for got, wanted in zip(*found, strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got.float(), wanted.float(), rtol=0, atol=2e-2 * wanted.abs().max().item())
+
+
+def test_input_dropout_drops_its_share_and_rests_outside_training():
+    torch.manual_seed(0)
+    dropout, x = InputDropout(0.05), torch.ones(400, 999)  # not a multiple of four numbers
+    drop = dropout.draw(x)
+    assert drop.shape == x.shape
+    assert float(drop.double().mean()) == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / x.numel()) ** 0.5)
+    for way in (0, 1):  # neither rows nor columns are dropped alike
+        assert float(drop.double().mean(dim=way).max()) < 0.25
+    assert not torch.equal(drop, dropout.draw(x)), "drawn anew"
+    torch.manual_seed(1)
+    first = dropout(x)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), first)
+    assert float(first.mean()) == pytest.approx(1.0, abs=2e-3)
+    assert set(first.unique().tolist()) == {0.0, float(torch.tensor(dropout.factor))}
+    assert dropout.eval().draw(x) is None
+    assert dropout(x) is x
+    assert InputDropout(0.0).draw(x) is None
+    assert 0 < InputDropout(0.999999).p < 1, "something is left"
 
 
 def test_fused_is_for_plain_frozen_layers_only():
@@ -126,7 +210,9 @@ def test_fused_is_for_plain_frozen_layers_only():
     with torch.no_grad():
         assert not can_fuse(layer, x, A)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not can_fuse(layer, x, A)
+        assert can_fuse(layer, x, A)
+        assert not can_fuse(layer.double(), x.double(), A), "autocast leaves doubles alone"
+    layer.float()
     layer.register_forward_hook(lambda *_: None)
     assert not can_fuse(layer, x, A)
 

@@ -23,7 +23,8 @@ from loramix.data.padding_free import PaddingFreeCollator
 from loramix.data.prompts import Encoded
 from loramix.errors import ConfigError
 from loramix.experts.apply import choose, concat, loop
-from loramix.experts.by_segment import by_segment, fused_by_segment
+from loramix.experts.by_segment import ByRows, by_segment, weights_by_token
+from loramix.experts.fused import Layer, fused
 from loramix.experts.grouped import grouped
 from loramix.methods import METHODS
 from loramix.models.segment_attention import NAME, keeps_segments_apart, segment_attention
@@ -261,9 +262,11 @@ def test_rows_through_their_own_experts_agree_with_the_loop(share: str, dropped:
     ids = torch.stack([torch.randperm(experts, generator=draw)[:k] for _ in lengths])
     segments = Segments.between(torch.tensor([0, *lengths]).cumsum(0), 8)
     routing = Routing(ids, weights, None, "sequence", torch.ones(3, dtype=torch.bool), segments=segments)
-    seen = nn.functional.dropout(x, 0.5) if dropped else x
+    drop = torch.rand(x.shape) < 0.5 if dropped else None
+    seen = x if drop is None else x.masked_fill(drop, 0.0)
+    layer = Layer(A, B, weights_by_token(routing, A), 1.7, base)
     ways = [
-        fused_by_segment(base, x, seen, A, B, routing, 1.7),
+        fused([layer], x[0], None if drop is None else drop[0], ByRows.of(routing))[0][None],
         by_segment(base(x), seen, A, B, routing, 1.7),
         loop(base(x), seen, A, B, routing, 1.7),
     ]
@@ -272,6 +275,37 @@ def test_rows_through_their_own_experts_agree_with_the_loop(share: str, dropped:
     for one in found[:2]:
         for got, wanted in zip(one, found[2], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("k", [1, 2])
+def test_layers_that_read_the_same_rows_agree_with_each_alone(dropped: bool, k: int):
+    draw = torch.Generator().manual_seed(4)
+    new = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    x, weights = new(1, 8, 5), new(3, k)
+    experts = [new(3, 2, 5), new(3, 6, 2), new(1, 4, 5), new(3, 7, 4)]  # the second layer's A is shared
+    bases = [nn.Linear(5, out, dtype=torch.float64).requires_grad_(False) for out in (6, 7)]
+    segments = Segments.between(torch.tensor([0, 3, 4, 8]), 8)
+    ids = torch.stack([torch.randperm(3, generator=draw)[:k] for _ in range(3)])
+    routing = Routing(ids, weights, None, "sequence", torch.ones(3, dtype=torch.bool), segments=segments)
+    drop = torch.rand(x.shape) < 0.5 if dropped else None
+    seen = x if drop is None else x.masked_fill(drop, 0.0)
+    gates = weights_by_token(routing, x)
+    layers = [Layer(A, B, gates, 1.7, base) for A, B, base in zip(experts[::2], experts[1::2], bases, strict=True)]
+    together = fused(layers, x[0], None if drop is None else drop[0], ByRows.of(routing))
+    alone = [
+        loop(base(x), seen, A, B, routing, 1.7)[0]
+        for A, B, base in zip(experts[::2], experts[1::2], bases, strict=True)
+    ]
+    slopes = [torch.randn(8, out, generator=draw, dtype=torch.float64) for out in (6, 7)]
+    found = [
+        torch.autograd.grad(
+            sum((y * s).sum() for y, s in zip(ys, slopes, strict=True)), [x, weights, *experts], retain_graph=True
+        )
+        for ys in (together, alone)
+    ]
+    for got, wanted in zip([*together, *found[0]], [*alone, *found[1]], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_an_accelerator_does_not_go_through_rows_one_by_one():

@@ -82,6 +82,31 @@ def test_a_models_rows_and_gradients_are_those_of_its_logits(method: str):
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora", "mola"])
+def test_under_autocast_too_no_logits_are_asked_for(method: str, dtype: torch.dtype):
+    """As the trainer does it: autocast around the model's forward, the loss outside."""
+    model: Any = cases.build(method, tiny.llama(layers=2).to(dtype)).train(False)
+    true = model.forward
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(true)
+    batch = _batch()
+    asked = _told(batch, {"domain_ids", "prompt_mask"})
+    found = []
+    for chunk in (0, 4):
+        model.zero_grad()
+        loss = SupervisedLoss(model, chunk)
+        nll_B, _ = loss(model, asked, batch)
+        assert (loss._head is None) == (chunk == 0), "the fast way was not taken, so nothing is shown"
+        nll_B.sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        found.append((nll_B.detach(), grads))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-2, atol=2e-2)
+    for name, wanted in found[0][1].items():
+        assert found[1][1][name].dtype == torch.float32
+        near = 5e-2 * wanted.abs().max().item() + 1e-6
+        torch.testing.assert_close(found[1][1][name], wanted, rtol=0, atol=near, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_a_model_that_does_more_to_its_logits_is_asked_for_them():
     config = Gemma2Config(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loramix.experts.by_channel import add_up, gated
 from loramix.experts.by_segment import by_segment
 from loramix.experts.faster import Apply, Shape, fastest
-from loramix.experts.fused import add_up, gated
 from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
 
@@ -30,9 +30,10 @@ MEASURED = range(65, 4097)
 """E * R between which either may be the faster one (on GPUs peers' figures put the crossing at 300 to 1600)."""
 
 
-def gates_like(x_BTI: Tensor, routing: Routing, num_experts: int) -> Tensor:
-    """Returns the dense gates in the shape of x: (B, 1, E) for a sequence routing, (B, T, E) for a token routing."""
-    gates_SE = routing.gates(num_experts).to(x_BTI.dtype)
+def gates_like(x_BTI: Tensor, routing: Routing, num_experts: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the dense gates in the shape of x: (B, 1, E) for a sequence routing, (B, T, E) for a token routing; in
+    x's type if no other is asked for."""
+    gates_SE = routing.gates(num_experts).to(dtype or x_BTI.dtype)
     if routing.level == "sequence" and routing.segments is not None:
         return routing.segments.spread(gates_SE)[None]
     if routing.level == "sequence":
@@ -40,11 +41,13 @@ def gates_like(x_BTI: Tensor, routing: Routing, num_experts: int) -> Tensor:
     return gates_SE.reshape(x_BTI.shape[0], x_BTI.shape[1], num_experts)
 
 
-def gates_by_token(x_BTI: Tensor, routing: Routing, num_experts: int) -> Tensor | None:
-    """Returns the dense gates by token, (N, E), in x's type; None for a single expert, whose weight is 1."""
+def gates_by_token(
+    x_BTI: Tensor, routing: Routing, num_experts: int, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """Returns the dense gates by token, (N, E), as `gates_like`; None for a single expert, whose weight is 1."""
     if num_experts == 1 and routing.logits is None:
         return None
-    gates = gates_like(x_BTI, routing, num_experts)
+    gates = gates_like(x_BTI, routing, num_experts, dtype)
     return gates.expand(x_BTI.shape[0], x_BTI.shape[1], num_experts).reshape(-1, num_experts)
 
 

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from loramix.experts import ffn, fused_ffn
 from loramix.experts.apply import BACKENDS, choose, gates_by_token
-from loramix.experts.by_segment import fused_by_segment
+from loramix.experts.by_channel import ByChannel
+from loramix.experts.by_segment import ByRows, weights_by_token
 from loramix.experts.config import BankConfig
-from loramix.experts.fused import can_fuse, fused
+from loramix.experts.dropping import InputDropout
+from loramix.experts.fused import Layer, Way, can_fuse, fused
 from loramix.routing import ExpertOutputs, Routing
 
 SAMPLED_TOKENS = 32
@@ -56,7 +58,7 @@ class LoraBank(nn.Module):
         self.rank = rank
         self.scaling = scaling
         self.backend = backend
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = InputDropout(dropout)
         downs, ups = (1 if self.form.share == shared else num_experts for shared in ("down", "up"))
         self.A_ERI = nn.Parameter(torch.empty(downs, rank, in_features))
         self.B_EOR = nn.Parameter(torch.empty(ups, out_features, rank))
@@ -80,25 +82,43 @@ class LoraBank(nn.Module):
             routing = one_expert(x_BTI)
         else:
             A_ERI, B_EOR = self.matrices()
-        dropped_BTI = self.dropout(x_BTI.to(self.A_ERI.dtype))
         name = choose(self.backend, routing, A_ERI, B_EOR)
-        if name == "concat" and self.backend == "auto" and can_fuse(base_layer, x_BTI, A_ERI):
-            assert isinstance(base_layer, nn.Linear)
-            gates_NE = gates_by_token(dropped_BTI, routing, max(len(A_ERI), len(B_EOR)))
-            return fused(base_layer, x_BTI, dropped_BTI, A_ERI, B_EOR, gates_NE, self.scaling)
-        by_rows = name == "per_sequence" and routing.segments is not None
-        if by_rows and self.backend == "auto" and can_fuse(base_layer, x_BTI, A_ERI):
-            assert isinstance(base_layer, nn.Linear)
-            return fused_by_segment(base_layer, x_BTI, dropped_BTI, A_ERI, B_EOR, routing, self.scaling)
+        if self.backend == "auto" and can_fuse(base_layer, x_BTI, A_ERI):
+            way = fused_way(name, routing)
+            if way is not None:
+                return self._fused(base_layer, x_BTI, A_ERI, B_EOR, routing, way)
         y_BTO = base_layer(x_BTI)
+        dropped_BTI = self.dropout(x_BTI.to(A_ERI.dtype))
         added = BACKENDS[name](y_BTO.to(dropped_BTI.dtype), dropped_BTI, A_ERI, B_EOR, routing, self.scaling)
         return added.to(y_BTO.dtype)
+
+    def _fused(
+        self,
+        base_layer: Callable[..., Tensor],
+        x_BTI: Tensor,
+        A_ERI: Tensor,
+        B_EOR: Tensor,
+        routing: Routing,
+        way: Way,
+    ) -> Tensor:
+        assert isinstance(base_layer, nn.Linear)
+        if isinstance(way, ByRows):
+            gates: Tensor | None = weights_by_token(routing, A_ERI)
+        else:
+            gates = gates_by_token(x_BTI, routing, max(len(A_ERI), len(B_EOR)), A_ERI.dtype)
+        drop_BTI = self.dropout.draw(x_BTI)
+        drop_NI = None if drop_BTI is None else drop_BTI.view(-1, x_BTI.shape[-1])
+        layer = Layer(A_ERI, B_EOR, gates, self.scaling * self.dropout.factor, base_layer)
+        (out_NO,) = fused([layer], x_BTI.reshape(-1, x_BTI.shape[-1]), drop_NI, way)
+        return out_NO.view(*x_BTI.shape[:-1], -1)
 
     def expand(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, routing: Routing) -> Tensor:
         """Returns (K, B, T, O): the first half of a feed-forward block, for each of a token's experts."""
         A_ERI, B_EOR = self.matrices()
         if self._fuses(base_layer, x_BTI, routing, A_ERI, B_EOR):
-            return fused_ffn.expand(base_layer, x_BTI, A_ERI, B_EOR, routing, self.scaling)  # type: ignore[arg-type]
+            assert isinstance(base_layer, nn.Linear)
+            drop_BTI, scaling = self.dropout.draw(x_BTI), self.scaling * self.dropout.factor
+            return fused_ffn.expand(base_layer, x_BTI, drop_BTI, A_ERI, B_EOR, routing, scaling)
         y_BTO = base_layer(x_BTI)
         dropped_BTI = self.dropout(x_BTI.to(self.A_ERI.dtype))
         y = y_BTO.to(dropped_BTI.dtype)
@@ -117,7 +137,9 @@ class LoraBank(nn.Module):
     def _contracted(self, base_layer: Callable[..., Tensor], inner_KBTI: Tensor, routing: Routing) -> Tensor:
         A_ERI, B_EOR = self.matrices()
         if self._fuses(base_layer, inner_KBTI, routing, A_ERI, B_EOR):
-            return fused_ffn.contract(base_layer, inner_KBTI, A_ERI, B_EOR, routing, self.scaling)  # type: ignore[arg-type]
+            assert isinstance(base_layer, nn.Linear)
+            drop_KBTI, scaling = self.dropout.draw(inner_KBTI), self.scaling * self.dropout.factor
+            return fused_ffn.contract(base_layer, inner_KBTI, drop_KBTI, A_ERI, B_EOR, routing, scaling)
         weighted_KBTI = ffn.weighted(inner_KBTI, routing)
         y_BTO = base_layer(weighted_KBTI.sum(dim=0))
         dropped_KBTI = self.dropout(weighted_KBTI.to(self.A_ERI.dtype))
@@ -127,10 +149,9 @@ class LoraBank(nn.Module):
     def _fuses(
         self, base_layer: Callable[..., Tensor], x: Tensor, routing: Routing, A_ERI: Tensor, B_EOR: Tensor
     ) -> bool:
-        """Whether the halves of a feed-forward block take their fused form: narrow experts, no dropout on the input."""
-        plain = isinstance(self.dropout, nn.Identity) or not self.training
+        """Whether the halves of a feed-forward block take their fused form: narrow experts."""
         narrow = choose(self.backend, routing.slots()[0], A_ERI, B_EOR) == "concat"
-        return self.backend == "auto" and plain and narrow and can_fuse(base_layer, x, A_ERI)
+        return self.backend == "auto" and narrow and can_fuse(base_layer, x, A_ERI)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Returns A and B as this forward uses them: with dropout on the shared one."""
@@ -164,6 +185,14 @@ class LoraBank(nn.Module):
         picked_SKO = outputs_SEO.gather(1, ids_SK[:, :, None].expand(-1, -1, outputs_SEO.shape[-1]))
         mask_SK = mask_S[:, None].expand_as(ids_SK)
         return ExpertOutputs(ids_SK.flatten(), picked_SKO.flatten(0, 1), mask_SK.flatten())
+
+
+def fused_way(backend: str, routing: Routing) -> Way | None:
+    """Returns how a backend's products are laid out with the frozen layer's; None for backends that have no such
+    form."""
+    if backend == "concat":
+        return ByChannel()
+    return ByRows.of(routing) if backend == "per_sequence" and routing.segments is not None else None
 
 
 def evenly_spaced(mask_N: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -1,126 +1,134 @@
 """Experts of whole rows that lie one after the other in one long row: each row's tokens through its own experts.
 
-What `per_sequence` does for a padded batch, without the padding: cost K * R for every token, whatever E is. Where the
-frozen layer may be multiplied here (`fused.can_fuse`), the experts' part is added into its output buffer.
+What `per_sequence` does for a padded batch, without the padding: cost K * R for every token, whatever E is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
+from loramix.experts.fused import Layer, fused
 from loramix.routing import Routing
 
-Row = tuple[slice, int, int]
-"""A row's tokens, and the places of its A and B in the stacks."""
+Row = tuple[slice, int]
+"""A row's tokens, and its expert."""
+
+
+@dataclass(frozen=True)
+class ByRows:
+    """The experts' products for `experts.fused`, row by row; gates (N, K) of each layer. A code is (K, N, R).
+
+    Attributes:
+        choices: for each of the K choices, the rows.
+    """
+
+    choices: Sequence[Sequence[Row]]
+
+    @staticmethod
+    def of(routing: Routing) -> ByRows:
+        """Returns the way of a sequence routing with segments; waits for the device."""
+        assert routing.segments is not None
+        spans = [slice(*span) for span in routing.segments.spans]
+        return ByRows([list(zip(spans, experts, strict=True)) for experts in routing.id_lists()])
+
+    def down(self, x_NI: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """As `experts.fused.Way`."""
+        ranks = [A_ERI.shape[1] for A_ERI in downs]
+        code_KNX = x_NI.new_empty(len(self.choices), len(x_NI), sum(ranks))
+        stacked = _Stacked(downs)
+        for code_NX, rows in zip(code_KNX, self.choices, strict=True):
+            for part, expert in rows:
+                torch.mm(x_NI[part], stacked[expert].T, out=code_NX[part])
+        return torch.split(code_KNX, ranks, dim=2)
+
+    def weighed(self, code: Tensor, gates: Tensor | None, A_ERI: Tensor, B_EOR: Tensor) -> Tensor:
+        """As `experts.fused.Way`."""
+        assert gates is not None
+        return code * gates.T[:, :, None]
+
+    def add_up(self, out_NO: Tensor, weighed: Tensor, B_EOR: Tensor, scaling: float) -> None:
+        """As `experts.fused.Way`."""
+        for weighed_NR, rows in zip(weighed, self.choices, strict=True):
+            for part, expert in rows:
+                out_NO[part].addmm_(weighed_NR[part], B_EOR[expert % len(B_EOR)].T, alpha=scaling)
+
+    def grad_up(self, grad_NO: Tensor, weighed: Tensor, B_EOR: Tensor, scaling: float) -> Tensor:
+        """As `experts.fused.Way`."""
+        grad_B = torch.zeros_like(B_EOR)
+        for weighed_NR, rows in zip(weighed, self.choices, strict=True):
+            for part, expert in rows:
+                grad_B[expert % len(B_EOR)].addmm_(grad_NO[part].T, weighed_NR[part], alpha=scaling)
+        return grad_B
+
+    def back(self, grad_NO: Tensor, B_EOR: Tensor, scaling: float) -> Tensor:
+        """As `experts.fused.Way`."""
+        back_KNR = grad_NO.new_empty(len(self.choices), len(grad_NO), B_EOR.shape[2])
+        for back_NR, rows in zip(back_KNR, self.choices, strict=True):
+            for part, expert in rows:
+                torch.mm(grad_NO[part], B_EOR[expert % len(B_EOR)], out=back_NR[part])
+        return back_KNR.mul_(scaling)
+
+    def unweighed(
+        self, back: Tensor, code: Tensor, gates: Tensor | None, A_ERI: Tensor, B_EOR: Tensor, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `experts.fused.Way`."""
+        assert gates is not None
+        grad_gates_NK = (back * code).sum(dim=2).T if wanted else None
+        return back.mul_(gates.T[:, :, None]), grad_gates_NK
+
+    def grad_down(self, backs: Sequence[Tensor], x_NI: Tensor, downs: Sequence[Tensor]) -> list[Tensor]:
+        """As `experts.fused.Way`."""
+        back_KNX, grads = _joined(backs), [torch.zeros_like(A_ERI) for A_ERI in downs]
+        for back_NX, rows in zip(back_KNX, self.choices, strict=True):
+            for part, expert in rows:
+                if len(grads) == 1:
+                    grads[0][expert % len(grads[0])].addmm_(back_NX[part].T, x_NI[part])
+                    continue
+                grad_XI = back_NX[part].T @ x_NI[part]
+                for grad_ERI, own_RI in zip(grads, torch.split(grad_XI, [one.shape[1] for one in grads]), strict=True):
+                    grad_ERI[expert % len(grad_ERI)].add_(own_RI)
+        return grads
+
+    def back_down(self, backs: Sequence[Tensor], downs: Sequence[Tensor], into_NI: Tensor | None) -> Tensor:
+        """As `experts.fused.Way`."""
+        back_KNX, stacked = _joined(backs), _Stacked(downs)
+        if into_NI is None:
+            into_NI = back_KNX.new_zeros(back_KNX.shape[1], downs[0].shape[2])
+        for back_NX, rows in zip(back_KNX, self.choices, strict=True):
+            for part, expert in rows:
+                into_NI[part].addmm_(back_NX[part], stacked[expert])
+        return into_NI
+
+
+class _Stacked:
+    """An expert's A of some layers as one matrix (X, I), made when it is asked for."""
+
+    def __init__(self, downs: Sequence[Tensor]) -> None:
+        self._downs, self._made = downs, dict[int, Tensor]()
+
+    def __getitem__(self, expert: int) -> Tensor:
+        if expert not in self._made:
+            own = [A_ERI[expert % len(A_ERI)] for A_ERI in self._downs]
+            self._made[expert] = own[0] if len(own) == 1 else torch.cat(own)
+        return self._made[expert]
+
+
+def _joined(backs: Sequence[Tensor]) -> Tensor:
+    return backs[0] if len(backs) == 1 else torch.cat(list(backs), dim=2)
+
+
+def weights_by_token(routing: Routing, like: Tensor) -> Tensor:
+    """Returns the weights of a sequence routing at each token, (N, K), in the type of `like`."""
+    assert routing.segments is not None
+    return routing.segments.spread(routing.weights.to(like.dtype))
 
 
 def by_segment(y_1NO: Tensor, x_1NI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing: Routing, scaling: float) -> Tensor:
     """Apply by rows; a sequence routing with segments. Arguments and result as in `experts.apply`, B = 1 and T = N."""
-    y_NO = y_1NO[0]
-    for weights_N, rows in _choices(routing, x_1NI, A_ERI, B_EOR):
-        y_NO = _BySegment.apply(  # type: ignore[no-untyped-call]
-            y_NO, x_1NI[0], x_1NI[0], A_ERI, B_EOR, weights_N, None, None, rows, scaling
-        )
-    return y_NO[None]
-
-
-def fused_by_segment(
-    base_layer: nn.Linear,
-    x_1NI: Tensor,
-    dropped_1NI: Tensor,
-    A_ERI: Tensor,
-    B_EOR: Tensor,
-    routing: Routing,
-    scaling: float,
-) -> Tensor:
-    """Returns base_layer(x) + s * sum_k w_k B_{e_k} A_{e_k} dropped, (1, N, O); arguments as of `fused.fused`."""
-    x_NI = x_1NI[0]
-    dropped_NI = x_NI if dropped_1NI is x_1NI else dropped_1NI[0]
-    y_NO: Tensor | None = None
-    weight_OI: Tensor | None = base_layer.weight
-    bias_O: Tensor | None = base_layer.bias
-    for weights_N, rows in _choices(routing, x_1NI, A_ERI, B_EOR):
-        y_NO = _BySegment.apply(  # type: ignore[no-untyped-call]
-            y_NO, x_NI, dropped_NI, A_ERI, B_EOR, weights_N, weight_OI, bias_O, rows, scaling
-        )
-        x_NI, weight_OI, bias_O = dropped_NI, None, None
-    assert y_NO is not None
-    return y_NO[None]
-
-
-def _choices(routing: Routing, x_1NI: Tensor, A_ERI: Tensor, B_EOR: Tensor) -> list[tuple[Tensor, list[Row]]]:
-    """Returns, for each of the K choices, its weight at each token, (N,), and its rows."""
-    segments = routing.segments
-    assert segments is not None
-    weights_NK = segments.spread(routing.weights.to(x_1NI.dtype))
-    return [
-        (
-            weights_NK[:, k],
-            [
-                (slice(start, end), expert % len(A_ERI), expert % len(B_EOR))
-                for (start, end), expert in zip(segments.spans, experts, strict=True)
-            ],
-        )
-        for k, experts in enumerate(routing.id_lists())
-    ]
-
-
-class _BySegment(torch.autograd.Function):
-    """y + s * w B_e A_e dropped for the tokens of each row with its expert e. y is given, or x W^T + b made here."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y_NO: Tensor | None,
-        x_NI: Tensor,
-        dropped_NI: Tensor,
-        A_ERI: Tensor,
-        B_EOR: Tensor,
-        weights_N: Tensor,
-        weight_OI: Tensor | None,
-        bias_O: Tensor | None,
-        rows: list[Row],
-        scaling: float,
-    ) -> Tensor:
-        code_NR = dropped_NI.new_empty(len(dropped_NI), A_ERI.shape[1])
-        for part, down, _ in rows:
-            torch.mm(dropped_NI[part], A_ERI[down].T, out=code_NR[part])
-        weighted_NR = code_NR * weights_N[:, None]
-        if weight_OI is None:
-            assert y_NO is not None
-            out_NO = y_NO.clone()
-        else:
-            out_NO = x_NI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, x_NI, weight_OI.T)
-        for part, _, up in rows:
-            out_NO[part].addmm_(weighted_NR[part], B_EOR[up].T, alpha=scaling)
-        ctx.same = dropped_NI is x_NI or dropped_NI.data_ptr() == x_NI.data_ptr()
-        ctx.save_for_backward(dropped_NI, A_ERI, B_EOR, weights_N, weight_OI, code_NR)
-        ctx.rows, ctx.scaling = rows, scaling
-        return out_NO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        dropped_NI, A_ERI, B_EOR, weights_N, weight_OI, code_NR = ctx.saved_tensors
-        weighted_NR, back_NR = code_NR * weights_N[:, None], torch.empty_like(code_NR)
-        grad_A, grad_B = torch.zeros_like(A_ERI), torch.zeros_like(B_EOR)
-        for part, _, up in ctx.rows:
-            grad_B[up].addmm_(grad_NO[part].T, weighted_NR[part], alpha=ctx.scaling)
-            torch.mm(grad_NO[part], B_EOR[up], out=back_NR[part])
-        back_NR.mul_(ctx.scaling)
-        grad_weights_N = (back_NR * code_NR).sum(dim=1) if ctx.needs_input_grad[5] else None
-        back_NR.mul_(weights_N[:, None])
-        fused = weight_OI is not None
-        grad_x = grad_NO @ weight_OI if fused and ctx.needs_input_grad[1] else None
-        shared = ctx.same and grad_x is not None  # x and what the experts read are one: one gradient takes both
-        grad_dropped = grad_x if shared else torch.zeros_like(dropped_NI) if ctx.needs_input_grad[2] else None
-        for part, down, _ in ctx.rows:
-            grad_A[down].addmm_(back_NR[part].T, dropped_NI[part])
-            if grad_dropped is not None:
-                grad_dropped[part].addmm_(back_NR[part], A_ERI[down])
-        grads = grad_x, None if shared else grad_dropped, grad_A, grad_B, grad_weights_N
-        return None if fused else grad_NO, *grads, None, None, None, None
+    # Not [0], whose backward fills a second tensor of that size.
+    layer = Layer(A_ERI, B_EOR, weights_by_token(routing, x_1NI), scaling, y_NO=y_1NO.squeeze(0))
+    return fused([layer], x_1NI.squeeze(0), None, ByRows.of(routing))[0][None]

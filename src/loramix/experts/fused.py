@@ -1,169 +1,238 @@
-"""The frozen linear layer and all its experts as one autograd function over two wide GEMMs.
+"""Frozen linear layers that read the same input, and all their experts, as one autograd function.
 
-    c = gates * (x A_cat^T),    y = x W^T + b + s * c B_cat
+    y_j = W_j x + b_j + s_j * sum_e g_je B_je A_je x
 
-The expert part is added into the base's own output buffer, forward and backward; kept for the backward pass are x, the
-E * R code and the gates, and nothing of width O. The same numbers as `concat` (tests/test_apply.py), with less memory
-(benchmarks/step_cost.py).
+The experts' part is added into the layers' own output buffers, and on the way back into one gradient of x, which takes
+what all the layers send. Kept for the backward pass are x, the experts' codes, the gates and, with dropout, one byte
+for each number of x; nothing of the width of y. The same numbers as the plain backends (tests/test_apply.py), with less
+memory and time (benchmarks/step_cost.py). How the experts' products are laid out is a `Way`: `ByChannel`, `ByRows`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+class Types(NamedTuple):
+    """In which types products are worked out: the frozen layers', and the experts'."""
+
+    frozen: torch.dtype
+    experts: torch.dtype
+
+
+class Way(Protocol):
+    """How the products of stacked experts are laid out. What a code is, (N, X) or other, is the way's own business."""
+
+    def down(self, x_NI: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns the code of each layer: what its A makes of x."""
+        ...
+
+    def weighed(self, code: Tensor, gates: Tensor | None, A_ERI: Tensor, B_EOR: Tensor) -> Tensor:
+        """Returns the code as B takes it."""
+        ...
+
+    def add_up(self, out_NO: Tensor, weighed: Tensor, B_EOR: Tensor, scaling: float) -> None:
+        """Adds s B weighed to a layer's output, in place."""
+        ...
+
+    def grad_up(self, grad_NO: Tensor, weighed: Tensor, B_EOR: Tensor, scaling: float) -> Tensor:
+        """Returns the gradient of B."""
+        ...
+
+    def back(self, grad_NO: Tensor, B_EOR: Tensor, scaling: float) -> Tensor:
+        """Returns the gradient of the weighed code."""
+        ...
+
+    def unweighed(
+        self, back: Tensor, code: Tensor, gates: Tensor | None, A_ERI: Tensor, B_EOR: Tensor, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the gradient of the code, and that of the gates where it is wanted."""
+        ...
+
+    def grad_down(self, backs: Sequence[Tensor], x_NI: Tensor, downs: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the gradient of each layer's A."""
+        ...
+
+    def back_down(self, backs: Sequence[Tensor], downs: Sequence[Tensor], into_NI: Tensor | None) -> Tensor:
+        """Returns the gradient of x that comes through the experts, added in place to `into_NI` where that is given."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer and its experts.
+
+    Attributes:
+        A_ERI, B_EOR: the stacked experts; one of them may be shared, (1, R, I) or (1, O, R).
+        gates: weights of the experts as the way takes them; None for a single expert with weight 1.
+        scaling: s, of what is left after dropout.
+        base_layer: the frozen layer; None where its output is given.
+        y_NO: its output.
+    """
+
+    A_ERI: Tensor
+    B_EOR: Tensor
+    gates: Tensor | None
+    scaling: float
+    base_layer: nn.Linear | None = None
+    y_NO: Tensor | None = None
+
+
+def product_types(x: Tensor, A_ERI: Tensor) -> Types:
+    """Returns the types of products: autocast's where it is on (shapes alone know none), else the operands' own."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        low = torch.get_autocast_dtype(x.device.type)
+        return Types(low, low)
+    return Types(x.dtype, A_ERI.dtype)
+
+
 def can_fuse(base_layer: object, x: Tensor, A_ERI: Tensor) -> bool:
-    """Whether the base layer's product may be computed here: a plain nn.Linear without hooks, in the experts' type,
-    outside autocast and torch.compile, on a training pass (without gradients there is nothing to save)."""
+    """Whether the base layer's product may be computed here: a plain frozen nn.Linear without hooks, on operands that
+    it takes itself, outside torch.compile, on a training pass (without gradients there is nothing to save)."""
     return (
         isinstance(base_layer, nn.Linear)
         and type(base_layer) is nn.Linear
         and type(base_layer.weight) is nn.Parameter  # no quantised or sharded weight, which have products of their own
         and torch.is_grad_enabled()
-        and x.dtype == base_layer.weight.dtype == A_ERI.dtype
+        and _fit(x, base_layer.weight, A_ERI)
         and not base_layer.weight.requires_grad
         and (base_layer.bias is None or not base_layer.bias.requires_grad)
-        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # shapes alone know no autocast
         and not torch.compiler.is_compiling()
         and not (base_layer._forward_hooks or base_layer._forward_pre_hooks)
         and not (base_layer._backward_hooks or base_layer._backward_pre_hooks)
     )
 
 
-def fused(
-    base_layer: nn.Linear,
-    x_BTI: Tensor,
-    dropped_BTI: Tensor,
-    A_ERI: Tensor,
-    B_EOR: Tensor,
-    gates_NE: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """Returns base_layer(x) + s * sum_e g_e B_e A_e dropped, (B, T, O).
+def _fit(x: Tensor, weight: Tensor, A_ERI: Tensor) -> bool:
+    """Whether x goes with the frozen weight: both of one type, or both such as autocast turns into its own."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return all(one.is_floating_point() and one.dtype != torch.float64 for one in (x, weight, A_ERI))
+    return x.dtype == weight.dtype
+
+
+def fused(layers: Sequence[Layer], x_NI: Tensor, drop_NI: Tensor | None, way: Way) -> tuple[Tensor, ...]:
+    """Returns each layer's output with its experts' part added, (N, O) each.
 
     Args:
-        base_layer: frozen.
-        x_BTI: its input.
-        dropped_BTI: the experts' input: x itself, or x after the adapter's dropout.
-        A_ERI, B_EOR: the stacked experts; one of them may be shared, (1, R, I) or (1, O, R).
-        gates_NE: dense weights by token; None for a single expert with weight 1.
-        scaling: s.
+        layers: that read x.
+        x_NI: their input.
+        drop_NI: which of its numbers the experts do not see, bool; None for dropout of nothing. What is left is scaled
+            by the layers' `scaling`.
+        way: of the experts' products.
     """
-    shape = x_BTI.shape
-    flat_NI = x_BTI.reshape(-1, shape[-1])
-    dropped_NI = flat_NI if dropped_BTI is x_BTI else dropped_BTI.reshape(-1, shape[-1])
-    out_NO: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
-        flat_NI, dropped_NI, A_ERI, B_EOR, gates_NE, base_layer.weight, base_layer.bias, scaling
-    )
-    return out_NO.view(*shape[:-1], -1)
+    tensors: list[Tensor | None] = []
+    for one in layers:
+        base: Any = one.base_layer
+        frozen = (None, None) if base is None else (base.weight, base.bias)
+        tensors += [one.y_NO, one.A_ERI, one.B_EOR, one.gates, *frozen]
+    types = product_types(x_NI, layers[0].A_ERI)
+    kind = "cpu" if x_NI.is_meta else x_NI.device.type
+    with torch.autocast(kind, enabled=False):  # types are settled above
+        outputs: tuple[Tensor, ...] = _Fused.apply(  # type: ignore[no-untyped-call]
+            x_NI, drop_NI, way, types, tuple(one.scaling for one in layers), *tensors
+        )
+    return outputs
 
 
 class _Fused(torch.autograd.Function):
+    """For each layer six tensors: y or None, A, B, gates or None, W or None, b or None."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x_NI: Tensor,
-        dropped_NI: Tensor,
-        A_ERI: Tensor,
-        B_EOR: Tensor,
-        gates_NE: Tensor | None,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        scaling: float,
-    ) -> Tensor:
-        code_NX = dropped_NI @ A_ERI.flatten(0, 1).T
-        gated_NX = gated(code_NX, gates_NE, A_ERI.shape[0], B_EOR.shape[0])
-        y_NO = x_NI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, x_NI, weight_OI.T)
-        y_NO.addmm_(gated_NX, up(B_EOR), alpha=scaling)
-        ctx.same = dropped_NI is x_NI or dropped_NI.data_ptr() == x_NI.data_ptr()
-        ctx.save_for_backward(dropped_NI, A_ERI, B_EOR, gates_NE, weight_OI, code_NX)
-        ctx.scaling = scaling
-        return y_NO
+        drop_NI: Tensor | None,
+        way: Way,
+        types: Types,
+        scalings: tuple[float, ...],
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:
+        given_J, downs, ups, gates_J, weights, biases = (tensors[place::6] for place in range(6))
+        read_NI, seen_NI = x_NI.to(types.frozen), left(x_NI, drop_NI).to(types.experts)
+        codes = way.down(seen_NI, [down.to(types.experts) for down in downs])
+        outputs = []
+        for j, scaling in enumerate(scalings):
+            weight_OI, bias_O, B_EOR = weights[j], biases[j], ups[j].to(types.experts)
+            if weight_OI is None:
+                out_NO = given_J[j].clone()
+            elif bias_O is None:
+                out_NO = read_NI @ weight_OI.to(types.frozen).T
+            else:
+                out_NO = torch.addmm(bias_O.to(types.frozen), read_NI, weight_OI.to(types.frozen).T)
+            weighed = way.weighed(codes[j], _as(gates_J[j], types.experts), downs[j], B_EOR)
+            sum_NO = out_NO.to(types.experts)  # itself, but for a base in fewer bits than its experts
+            way.add_up(sum_NO, weighed, B_EOR, scaling)
+            outputs.append(sum_NO.to(out_NO.dtype))
+        ctx.save_for_backward(x_NI, drop_NI, *codes, *downs, *ups, *gates_J, *weights)
+        ctx.way, ctx.types, ctx.scalings = way, types, scalings
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        dropped_NI, A_ERI, B_EOR, gates_NE, weight_OI, code_NX = ctx.saved_tensors
-        down_XI, up_XO = A_ERI.flatten(0, 1), up(B_EOR)
-        rank = A_ERI.shape[1]
-        back_NX = (grad_NO @ up_XO.T).mul_(ctx.scaling)
-        gated_NX = gated(code_NX, gates_NE, A_ERI.shape[0], B_EOR.shape[0])
-        grad_up_XO = (gated_NX.T @ grad_NO).mul_(ctx.scaling)
-        grad_B = grad_up_XO.view(B_EOR.shape[0], rank, -1).transpose(1, 2)
-        grad_gates = None
-        if gates_NE is not None:
-            back_NER = back_NX.view(len(back_NX), -1, rank)
-            code_NER = code_NX.view(len(code_NX), -1, rank)
-            if ctx.needs_input_grad[4]:
-                grad_gates = (back_NER * code_NER).sum(dim=2)
-            back_NX = ungated(back_NX, gates_NE, A_ERI.shape[0], B_EOR.shape[0])
-        grad_A = (back_NX.T @ dropped_NI).view(A_ERI.shape) if ctx.needs_input_grad[2] else None
-        grad_x = grad_dropped = None
+    def backward(ctx: Any, *grads_J: Tensor) -> tuple[Tensor | None, ...]:
+        way, types, count = ctx.way, ctx.types, len(ctx.scalings)
+        x_NI, drop_NI, *saved = ctx.saved_tensors
+        codes, downs, ups, gates_J, weights = (saved[start : start + count] for start in range(0, 5 * count, count))
+        seen_NI, lows = left(x_NI, drop_NI).to(types.experts), [down.to(types.experts) for down in downs]
+        grad_x: Tensor | None = None
+        backs, grads_up, grads_gates = [], [], []
+        for j, scaling in enumerate(ctx.scalings):
+            grad_NO, gates, B_EOR = (
+                grads_J[j].to(types.experts),
+                _as(gates_J[j], types.experts),
+                ups[j].to(types.experts),
+            )
+            weighed = way.weighed(codes[j], gates, downs[j], B_EOR)
+            grads_up.append(way.grad_up(grad_NO, weighed, B_EOR, scaling).to(ups[j].dtype))
+            wanted = ctx.needs_input_grad[5 + 6 * j + 3]
+            back, grad_gates = way.unweighed(
+                way.back(grad_NO, B_EOR, scaling), codes[j], gates, downs[j], B_EOR, wanted
+            )
+            backs.append(back)
+            grads_gates.append(None if grad_gates is None else grad_gates.to(gates_J[j].dtype))
+            if ctx.needs_input_grad[0] and weights[j] is not None:
+                weight_OI = weights[j].to(types.frozen)
+                grad_x = grads_J[j] @ weight_OI if grad_x is None else grad_x.addmm_(grads_J[j], weight_OI)
+        grads_down = [grad.to(A.dtype) for grad, A in zip(way.grad_down(backs, seen_NI, lows), downs, strict=True)]
         if ctx.needs_input_grad[0]:
-            grad_x = grad_NO @ weight_OI
-        if ctx.same and grad_x is not None:
-            grad_x.addmm_(back_NX, down_XI)
-        elif ctx.needs_input_grad[1]:
-            grad_dropped = back_NX @ down_XI
-        return grad_x, grad_dropped, grad_A, grad_B, grad_gates, None, None, None
+            grad_x = _through(way, backs, lows, drop_NI, grad_x).to(x_NI.dtype)
+        of_layers: list[Tensor | None] = []
+        for j in range(count):
+            of_given = grads_J[j] if weights[j] is None else None
+            of_layers += [of_given, grads_down[j], grads_up[j], grads_gates[j], None, None]
+        return grad_x, None, None, None, None, *of_layers
 
 
-def up(B_EOR: Tensor) -> Tensor:
-    """Returns B as one matrix (E * R, O)."""
-    return B_EOR.transpose(1, 2).flatten(0, 1)
+def _through(
+    way: Way, backs: Sequence[Tensor], downs: Sequence[Tensor], drop_NI: Tensor | None, grad_x: Tensor | None
+) -> Tensor:
+    """Returns the gradient of x: what came through the frozen layers, if anything did, and through the experts."""
+    if drop_NI is None and (grad_x is None or grad_x.dtype == downs[0].dtype):
+        return way.back_down(backs, downs, grad_x)
+    through_NI = way.back_down(backs, downs, None)
+    if drop_NI is not None:
+        through_NI.masked_fill_(drop_NI, 0.0)
+    return through_NI if grad_x is None else grad_x.add_(through_NI)
 
 
-def add_up(y_NO: Tensor, gated_NX: Tensor, B_EOR: Tensor, scaling: float) -> Tensor:
-    """Returns y + s * gated B_cat, (N, O).
-
-    Args:
-        y_NO: output of the frozen layer.
-        gated_NX: as `gated` returns it.
-        B_EOR: the experts' up-projections.
-        scaling: s.
-    """
-    experts, _, rank = B_EOR.shape
-    if experts > 1 and len(gated_NX) <= rank:
-        # `up` copies all of B. For a few tokens, as in decoding, a product by expert costs less than that.
-        by_expert_ENR = gated_NX.view(-1, experts, rank).transpose(0, 1)
-        return torch.add(y_NO, torch.bmm(by_expert_ENR, B_EOR.transpose(1, 2)).sum(dim=0), alpha=scaling)
-    return torch.addmm(y_NO, gated_NX, up(B_EOR), alpha=scaling)
+def through(grad_NI: Tensor, back_NX: Tensor, down_XI: Tensor, drop_NI: Tensor | None) -> Tensor:
+    """Adds in place what comes back to x through the experts' A, and returns the sum."""
+    if drop_NI is None and grad_NI.dtype == back_NX.dtype:
+        return grad_NI.addmm_(back_NX, down_XI)
+    own_NI = back_NX @ down_XI
+    return grad_NI.add_(own_NI if drop_NI is None else own_NI.masked_fill_(drop_NI, 0.0))
 
 
-def gated(code_NX: Tensor, gates_NE: Tensor | None, downs: int, ups: int) -> Tensor:
-    """Returns the code that B takes: (N, E * R), or (N, R) where B is shared.
-
-    Args:
-        code_NX: x A_cat^T, (N, E * R), or (N, R) where A is shared.
-        gates_NE: dense weights; None for a single expert with weight 1.
-        downs, ups: how many matrices A and B are stacks of.
-    """
-    if gates_NE is None:
-        return code_NX
-    places, experts = gates_NE.shape
-    if downs == 1 and experts > 1:
-        return (gates_NE[:, :, None] * code_NX[:, None, :]).view(places, -1)
-    by_expert_NER = code_NX.view(places, experts, -1)
-    if ups == 1 and experts > 1:
-        return torch.bmm(gates_NE[:, None, :], by_expert_NER).squeeze(1)
-    return (by_expert_NER * gates_NE[:, :, None]).view(places, -1)
+def left(x_NI: Tensor, drop_NI: Tensor | None) -> Tensor:
+    """Returns what dropout leaves of x, not scaled."""
+    return x_NI if drop_NI is None else torch.where(drop_NI, 0.0, x_NI)
 
 
-def ungated(back_NX: Tensor, gates_NE: Tensor, downs: int, ups: int) -> Tensor:
-    """The transpose of `gated`: from the gradient of what B takes to the gradient of the code, (N, E * R) or (N, R).
-
-    Args:
-        back_NX: gradient of the gated code.
-        gates_NE: dense weights.
-        downs, ups: how many matrices A and B are stacks of.
-    """
-    places, experts = gates_NE.shape
-    if downs == 1 and experts > 1:
-        return torch.bmm(gates_NE[:, None, :], back_NX.view(places, experts, -1)).squeeze(1)
-    if ups == 1 and experts > 1:
-        return (gates_NE[:, :, None] * back_NX[:, None, :]).view(places, -1)
-    return (back_NX.view(places, experts, -1) * gates_NE[:, :, None]).view(places, -1)
+def _as(gates: Tensor | None, kind: torch.dtype) -> Tensor | None:
+    return None if gates is None else gates.to(kind)

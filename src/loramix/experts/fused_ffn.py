@@ -13,30 +13,71 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loramix.experts.fused import gated, ungated, up
+from loramix.experts.by_channel import gated, ungated, up
+from loramix.experts.fused import Types, left, product_types, through
 from loramix.routing import Routing
 
 
 def expand(
-    base_layer: nn.Linear, x_BTI: Tensor, A_ERI: Tensor, B_EFR: Tensor, routing: Routing, scaling: float
+    base_layer: nn.Linear,
+    x_BTI: Tensor,
+    drop_BTI: Tensor | None,
+    A_ERI: Tensor,
+    B_EFR: Tensor,
+    routing: Routing,
+    scaling: float,
 ) -> Tensor:
-    """Returns base_layer(x) + s * B_{e_k} A_{e_k} x for each of a token's K experts, (K, B, T, F)."""
-    masks_KNE = _masks(routing, max(len(A_ERI), len(B_EFR)), x_BTI)
-    out_KNF: Tensor = _Expand.apply(  # type: ignore[no-untyped-call]
-        x_BTI.reshape(-1, x_BTI.shape[-1]), A_ERI, B_EFR, masks_KNE, base_layer.weight, base_layer.bias, scaling
-    )
+    """Returns base_layer(x) + s * B_{e_k} A_{e_k} x for each of a token's K experts, (K, B, T, F).
+
+    Args:
+        base_layer: frozen.
+        x_BTI: its input.
+        drop_BTI: which of its numbers the experts do not see, bool; None for dropout of nothing.
+        A_ERI, B_EFR: the stacked experts.
+        routing: by token.
+        scaling: s, of what is left after dropout.
+    """
+    masks_KNE, types = _masks(routing, max(len(A_ERI), len(B_EFR)), A_ERI), product_types(x_BTI, A_ERI)
+    drop_NI = None if drop_BTI is None else drop_BTI.view(-1, x_BTI.shape[-1])
+    with torch.autocast("cpu" if x_BTI.is_meta else x_BTI.device.type, enabled=False):
+        out_KNF: Tensor = _Expand.apply(  # type: ignore[no-untyped-call]
+            x_BTI.reshape(-1, x_BTI.shape[-1]),
+            drop_NI,
+            A_ERI,
+            B_EFR,
+            masks_KNE,
+            base_layer.weight,
+            base_layer.bias,
+            scaling,
+            types,
+        )
     return out_KNF.view(len(masks_KNE), *x_BTI.shape[:-1], -1)
 
 
 def contract(
-    base_layer: nn.Linear, inner_KBTF: Tensor, A_ERF: Tensor, B_EOR: Tensor, routing: Routing, scaling: float
+    base_layer: nn.Linear,
+    inner_KBTF: Tensor,
+    drop_KBTF: Tensor | None,
+    A_ERF: Tensor,
+    B_EOR: Tensor,
+    routing: Routing,
+    scaling: float,
 ) -> Tensor:
-    """Returns base_layer(sum_k g_k a_k) + s * sum_k g_k B_{e_k} A_{e_k} a_k, (B, T, O)."""
-    masks_KNE = _masks(routing, max(len(A_ERF), len(B_EOR)), inner_KBTF)
-    weights_KN = routing.weights.T.to(inner_KBTF.dtype)
-    out_NO: Tensor = _Contract.apply(  # type: ignore[no-untyped-call]
-        inner_KBTF.flatten(1, 2), weights_KN, A_ERF, B_EOR, masks_KNE, base_layer.weight, base_layer.bias, scaling
-    )
+    """Returns base_layer(sum_k g_k a_k) + s * sum_k g_k B_{e_k} A_{e_k} a_k, (B, T, O); arguments as of `expand`."""
+    masks_KNE, types = _masks(routing, max(len(A_ERF), len(B_EOR)), A_ERF), product_types(inner_KBTF, A_ERF)
+    with torch.autocast("cpu" if inner_KBTF.is_meta else inner_KBTF.device.type, enabled=False):
+        out_NO: Tensor = _Contract.apply(  # type: ignore[no-untyped-call]
+            inner_KBTF.flatten(1, 2),
+            None if drop_KBTF is None else drop_KBTF.flatten(1, 2),
+            routing.weights.T,
+            A_ERF,
+            B_EOR,
+            masks_KNE,
+            base_layer.weight,
+            base_layer.bias,
+            scaling,
+            types,
+        )
     return out_NO.view(*inner_KBTF.shape[1:-1], -1)
 
 
@@ -46,47 +87,59 @@ def _masks(routing: Routing, num_experts: int, like: Tensor) -> Tensor:
     return (routing.chosen().T[:, :, None] == experts_E).to(like.dtype)
 
 
+def _linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kind: torch.dtype) -> Tensor:
+    if bias_O is None:
+        return x_NI.to(kind) @ weight_OI.to(kind).T
+    return torch.addmm(bias_O.to(kind), x_NI.to(kind), weight_OI.to(kind).T)
+
+
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_NI: Tensor,
+        drop_NI: Tensor | None,
         A_ERI: Tensor,
         B_EFR: Tensor,
         masks_KNE: Tensor,
         weight_FI: Tensor,
         bias_F: Tensor | None,
         scaling: float,
+        types: Types,
     ) -> Tensor:
-        out_KNF = x_NI.new_empty(len(masks_KNE), len(x_NI), len(weight_FI))
-        torch.mm(x_NI, weight_FI.T, out=out_KNF[0])
-        if bias_F is not None:
-            out_KNF[0].add_(bias_F)
-        out_KNF[1:] = out_KNF[0]
-        code_NX, up_XF = x_NI @ A_ERI.flatten(0, 1).T, up(B_EFR)
-        for out_NF, mask_NE in zip(out_KNF, masks_KNE, strict=True):
-            out_NF.addmm_(gated(code_NX, mask_NE, len(A_ERI), len(B_EFR)), up_XF, alpha=scaling)
-        ctx.save_for_backward(x_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX)
-        ctx.scaling = scaling
+        frozen_NF = _linear(x_NI, weight_FI, bias_F, types.frozen)
+        down_XI, up_XF = A_ERI.flatten(0, 1).to(types.experts), up(B_EFR).to(types.experts)
+        code_NX = left(x_NI, drop_NI).to(types.experts) @ down_XI.T
+        out_KNF = frozen_NF.new_empty(len(masks_KNE), *frozen_NF.shape)
+        for out_NF, mask_NE in zip(out_KNF, masks_KNE.to(types.experts), strict=True):
+            chosen_NX = gated(code_NX, mask_NE, len(A_ERI), len(B_EFR))
+            if types.frozen == types.experts:
+                torch.addmm(frozen_NF, chosen_NX, up_XF, alpha=scaling, out=out_NF)
+            else:
+                out_NF.copy_(torch.addmm(frozen_NF.to(types.experts), chosen_NX, up_XF, alpha=scaling))
+        ctx.save_for_backward(x_NI, drop_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX)
+        ctx.scaling, ctx.types = scaling, types
         return out_KNF
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_KNF: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX = ctx.saved_tensors
-        up_XF = up(B_EFR)
+        x_NI, drop_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX = ctx.saved_tensors
+        types, sizes = ctx.types, (len(A_ERI), len(B_EFR))
+        down_XI, up_XF = A_ERI.flatten(0, 1).to(types.experts), up(B_EFR).to(types.experts)
         grad_up_XF = torch.zeros_like(up_XF)
         back_NX = torch.zeros_like(code_NX)
-        for grad_NF, mask_NE in zip(grad_KNF, masks_KNE, strict=True):
-            grad_up_XF.addmm_(gated(code_NX, mask_NE, len(A_ERI), len(B_EFR)).T, grad_NF, alpha=ctx.scaling)
-            back_NX.add_(ungated((grad_NF @ up_XF.T).mul_(ctx.scaling), mask_NE, len(A_ERI), len(B_EFR)))
-        grad_A = (back_NX.T @ x_NI).view(A_ERI.shape)
-        grad_B = grad_up_XF.view(len(B_EFR), A_ERI.shape[1], -1).transpose(1, 2)
+        for grad_NF, mask_NE in zip(grad_KNF, masks_KNE.to(types.experts), strict=True):
+            own_NF = grad_NF.to(types.experts)
+            grad_up_XF.addmm_(gated(code_NX, mask_NE, *sizes).T, own_NF, alpha=ctx.scaling)
+            back_NX.add_(ungated((own_NF @ up_XF.T).mul_(ctx.scaling), mask_NE, *sizes))
+        grad_A = (back_NX.T @ left(x_NI, drop_NI).to(types.experts)).view(A_ERI.shape).to(A_ERI.dtype)
+        grad_B = grad_up_XF.view(len(B_EFR), A_ERI.shape[1], -1).transpose(1, 2).to(B_EFR.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_KNF.sum(dim=0) @ weight_FI
-            grad_x.addmm_(back_NX, A_ERI.flatten(0, 1))
-        return grad_x, grad_A, grad_B, None, None, None, None
+            grad_x = grad_KNF.sum(dim=0).to(types.frozen) @ weight_FI.to(types.frozen)
+            grad_x = through(grad_x, back_NX, down_XI, drop_NI).to(x_NI.dtype)
+        return grad_x, None, grad_A, grad_B, None, None, None, None, None
 
 
 class _Contract(torch.autograd.Function):
@@ -94,6 +147,7 @@ class _Contract(torch.autograd.Function):
     def forward(
         ctx: Any,
         inner_KNF: Tensor,
+        drop_KNF: Tensor | None,
         weights_KN: Tensor,
         A_ERF: Tensor,
         B_EOR: Tensor,
@@ -101,39 +155,54 @@ class _Contract(torch.autograd.Function):
         weight_OF: Tensor,
         bias_O: Tensor | None,
         scaling: float,
+        types: Types,
     ) -> Tensor:
-        down_XF = A_ERF.flatten(0, 1)
-        summed_NF = inner_KNF[0] * weights_KN[0, :, None]
-        for inner_NF, weights_N in zip(inner_KNF[1:], weights_KN[1:], strict=True):
+        down_XF = A_ERF.flatten(0, 1).to(types.experts)
+        own_KN = weights_KN.to(inner_KNF.dtype)
+        summed_NF = inner_KNF[0] * own_KN[0, :, None]
+        for inner_NF, weights_N in zip(inner_KNF[1:], own_KN[1:], strict=True):
             summed_NF.addcmul_(inner_NF, weights_N[:, None])
-        y_NO = summed_NF @ weight_OF.T if bias_O is None else torch.addmm(bias_O, summed_NF, weight_OF.T)
-        codes_KNX = torch.stack([inner_NF @ down_XF.T for inner_NF in inner_KNF])
-        y_NO.addmm_(_summed(codes_KNX, weights_KN, masks_KNE, len(A_ERF), len(B_EOR)), up(B_EOR), alpha=scaling)
-        ctx.save_for_backward(inner_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX)
-        ctx.scaling = scaling
-        return y_NO
+        y_NO = _linear(summed_NF, weight_OF, bias_O, types.frozen)
+        codes_KNX = torch.stack(
+            [left(inner_NF, _of(drop_KNF, k)).to(types.experts) @ down_XF.T for k, inner_NF in enumerate(inner_KNF)]
+        )
+        chosen_NX = _summed(
+            codes_KNX, weights_KN.to(types.experts), masks_KNE.to(types.experts), len(A_ERF), len(B_EOR)
+        )
+        sum_NO = y_NO.to(types.experts).addmm_(chosen_NX, up(B_EOR).to(types.experts), alpha=scaling)
+        ctx.save_for_backward(inner_KNF, drop_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX)
+        ctx.scaling, ctx.types = scaling, types
+        return sum_NO.to(types.frozen)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        inner_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX = ctx.saved_tensors
-        sizes = len(A_ERF), len(B_EOR)
-        down_XF = A_ERF.flatten(0, 1)
-        grad_up_XO = _summed(codes_KNX, weights_KN, masks_KNE, *sizes).T @ grad_NO
-        grad_B = grad_up_XO.mul_(ctx.scaling).view(len(B_EOR), A_ERF.shape[1], -1).transpose(1, 2)
-        grad_NF = grad_NO @ weight_OF
-        back_NX = (grad_NO @ up(B_EOR).T).mul_(ctx.scaling)
+        inner_KNF, drop_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX = ctx.saved_tensors
+        types, sizes = ctx.types, (len(A_ERF), len(B_EOR))
+        own_NO, down_XF = grad_NO.to(types.experts), A_ERF.flatten(0, 1).to(types.experts)
+        low_KN, low_KNE = weights_KN.to(types.experts), masks_KNE.to(types.experts)
+        grad_up_XO = _summed(codes_KNX, low_KN, low_KNE, *sizes).T @ own_NO
+        grad_B = grad_up_XO.mul_(ctx.scaling).view(len(B_EOR), A_ERF.shape[1], -1).transpose(1, 2).to(B_EOR.dtype)
+        grad_NF = grad_NO @ weight_OF.to(types.frozen)
+        back_NX = (own_NO @ up(B_EOR).to(types.experts).T).mul_(ctx.scaling)
         grad_down_XF = torch.zeros_like(down_XF)
         grad_inner_KNF = torch.empty_like(inner_KNF)
         grad_weights_KN = torch.empty_like(weights_KN)
-        for k, weights_N in enumerate(weights_KN):
-            own_NX = ungated(back_NX, masks_KNE[k], *sizes)
-            grad_weights_KN[k] = torch.linalg.vecdot(grad_NF, inner_KNF[k]) + torch.linalg.vecdot(own_NX, codes_KNX[k])
+        for k, weights_N in enumerate(low_KN):
+            inner_NF, drop_NF = inner_KNF[k], _of(drop_KNF, k)
+            own_NX = ungated(back_NX, low_KNE[k], *sizes)
+            of_base_N = torch.linalg.vecdot(grad_NF, inner_NF.to(types.frozen))
+            grad_weights_KN[k] = of_base_N + torch.linalg.vecdot(own_NX, codes_KNX[k])
             own_NX = own_NX * weights_N[:, None]
-            grad_down_XF.addmm_(own_NX.T, inner_KNF[k])
-            torch.mul(grad_NF, weights_N[:, None], out=grad_inner_KNF[k])
-            grad_inner_KNF[k].addmm_(own_NX, down_XF)
-        return grad_inner_KNF, grad_weights_KN, grad_down_XF.view(A_ERF.shape), grad_B, None, None, None, None
+            grad_down_XF.addmm_(own_NX.T, left(inner_NF, drop_NF).to(types.experts))
+            torch.mul(grad_NF, weights_KN[k].to(grad_NF.dtype)[:, None], out=grad_inner_KNF[k])
+            through(grad_inner_KNF[k], own_NX, down_XF, drop_NF)
+        grad_A = grad_down_XF.view(A_ERF.shape).to(A_ERF.dtype)
+        return grad_inner_KNF, None, grad_weights_KN, grad_A, grad_B, None, None, None, None, None
+
+
+def _of(drop_KNF: Tensor | None, k: int) -> Tensor | None:
+    return None if drop_KNF is None else drop_KNF[k]
 
 
 def _summed(codes_KNX: Tensor, weights_KN: Tensor, masks_KNE: Tensor, downs: int, ups: int) -> Tensor:

@@ -18,11 +18,11 @@ def head_nll(states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target
     """Returns the negative log-likelihood of each target in nats, fp32 (N,).
 
     The same as cross_entropy(linear(states, weight, bias), targets, reduction="none"); neither weight nor bias gets a
-    gradient.
+    gradient. Products are worked out in the states' type, as autocast would have it, sums in fp32.
 
     Args:
         states_NH: last states, (N, H).
-        weight_VH: of the head, (V, H).
+        weight_VH: of the head, (V, H), any type.
         bias_V: of the head, or None.
         targets_N: words, int64 (N,).
         chunk: rows at a time.
@@ -39,6 +39,8 @@ class _HeadNll(torch.autograd.Function):
         ctx: Any, states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk: int
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
+        weight_VH = weight_VH.to(states_NH.dtype)
+        bias_V = None if bias_V is None else bias_V.to(states_NH.dtype)
         nll_N = torch.empty(len(states_NH), dtype=torch.float32, device=states_NH.device)
         slopes_NH = torch.empty_like(states_NH) if wanted else None
         for start in range(0, len(states_NH), chunk):

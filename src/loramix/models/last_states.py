@@ -35,7 +35,8 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
 
 @contextmanager
 def last_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the decoder's last states, (B, T, H) each, of the forwards inside.
+    """Collects the decoder's last states, (B, T, H) each, of the forwards inside, in the type in which the head will
+    work: autocast's own where it is on around the forward.
 
     Args:
         model: a base or PeftModel with a `plain_head`, not wrapped for data parallelism.
@@ -44,7 +45,11 @@ def last_states(model: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def take(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+        states_BTH: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        kind = states_BTH.device.type
+        if not states_BTH.is_meta and torch.is_autocast_enabled(kind):  # shapes alone know none
+            states_BTH = states_BTH.to(torch.get_autocast_dtype(kind))
+        seen.append(states_BTH)
 
     hook = base.get_decoder().register_forward_hook(take)
     try:
@@ -57,6 +62,8 @@ def agrees(logits_BV: Tensor, states_BH: Tensor, head: nn.Linear) -> bool:
     """Returns whether a model's logits are what its head makes of its last states, and nothing more; waits for the
     device."""
     with torch.no_grad():
-        plain_BV = nn.functional.linear(states_BH, head.weight, head.bias).float()
+        kind = states_BH.dtype
+        bias_V = None if head.bias is None else head.bias.to(kind)
+        plain_BV = nn.functional.linear(states_BH, head.weight.to(kind), bias_V).float()
         apart = (logits_BV.float() - plain_BV).abs().max() / plain_BV.abs().max().clamp(min=1e-6)
-    return bool(apart <= (1e-3 if head.weight.dtype == torch.float32 else 2e-2))
+    return bool(apart <= (1e-3 if kind == torch.float32 else 2e-2))

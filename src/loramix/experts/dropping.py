@@ -1,0 +1,50 @@
+"""Dropout on the experts' input: one mask for all experts of a module, kept as one byte for each number.
+
+The frozen layer and the router see all of x. `nn.Dropout` draws a double for each number, keeps a mask of x's own size
+and type and the product beside it; with five percent dropped that is a quarter of a step on a processor
+(docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+STEPS = 1 << 16
+"""Into so many even steps a probability is rounded: 16 random bits decide over each number."""
+
+
+class InputDropout(nn.Module):
+    """Drops numbers of x in training, each with probability p, and scales the others by 1 / (1 - p).
+
+    Args:
+        p: 0 to below 1; rounded to a multiple of 1 / 65,536.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self._of_steps = min(round(p * STEPS), STEPS - 1)
+        self.p = self._of_steps / STEPS
+
+    @property
+    def factor(self) -> float:
+        """What is left is multiplied by it: 1 / (1 - p) in training, else 1."""
+        return 1 / (1 - self.p) if self.training else 1.0
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Returns which numbers of x are dropped, bool in x's shape; None outside training and for p = 0."""
+        if not self.training or self._of_steps == 0:
+            return None
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(self.p)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+        return bits < self._of_steps - STEPS // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x after dropout."""
+        drop = self.draw(x)
+        return x if drop is None else x.masked_fill(drop, 0.0) * self.factor
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:.5g}"
