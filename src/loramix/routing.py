@@ -230,14 +230,16 @@ class PromptRead(Exception):
 
 
 class RoutingContext:
-    """The holder that all adapted layers of one model share: the current `Call`."""
+    """The holder that all adapted layers of one model share: the current `Call`, and by module an input and the output
+    that was worked out for it beside a neighbour's (`tuner.shared_inputs`)."""
 
     def __init__(self) -> None:
         self.call: Call | None = None
+        self.ahead: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def __getstate__(self) -> dict[str, None]:
+    def __getstate__(self) -> dict[str, object]:
         """A copy of a model starts without a call: a call's tensors belong to the forward they came from."""
-        return {"call": None}
+        return {"call": None, "ahead": {}}
 
     def current(self) -> Call:
         """Returns the open call.

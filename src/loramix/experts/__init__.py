@@ -1,7 +1,7 @@
 """What does an expert do? Stacked LoRA experts and the equal ways of applying them."""
 
 from loramix.experts.allocation import allocation_problem, experts_per_layer, extremes
-from loramix.experts.bank import LoraBank, one_expert
+from loramix.experts.bank import LoraBank, fused_together, one_expert
 from loramix.experts.config import BankConfig
 from loramix.experts.linear import linear_sizes
 from loramix.experts.prototypes import prototypes
@@ -12,6 +12,7 @@ __all__ = [
     "allocation_problem",
     "experts_per_layer",
     "extremes",
+    "fused_together",
     "linear_sizes",
     "one_expert",
     "prototypes",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,20 @@ from loramix.experts.by_channel import ByChannel
 from loramix.experts.by_segment import ByRows, weights_by_token
 from loramix.experts.config import BankConfig
 from loramix.experts.dropping import InputDropout
-from loramix.experts.fused import Layer, Way, can_fuse, fused
+from loramix.experts.fused import Layer, can_fuse, fused
 from loramix.routing import ExpertOutputs, Routing
 
 SAMPLED_TOKENS = 32
 """How many tokens of a batch a loss over expert outputs looks at, in each module: outputs are wide, pairs many."""
+
+
+class Operands(NamedTuple):
+    """What a bank multiplies its input with in one forward, and how."""
+
+    A_ERI: Tensor
+    B_EOR: Tensor
+    routing: Routing
+    backend: str
 
 
 class LoraBank(nn.Module):
@@ -77,40 +87,26 @@ class LoraBank(nn.Module):
 
     def forward(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, routing: Routing) -> Tensor:
         """Returns base_layer(x) with the routed experts' delta added, in the base's type."""
+        return self.applied(base_layer, x_BTI, self.operands(x_BTI, routing))
+
+    def operands(self, x_BTI: Tensor, routing: Routing) -> Operands:
+        """Returns what this forward multiplies x with. Drawn anew each time where a shared matrix has dropout."""
         if self.form.combine == "matrices":
             A_ERI, B_EOR = self._summed(routing)
             routing = one_expert(x_BTI)
         else:
             A_ERI, B_EOR = self.matrices()
-        name = choose(self.backend, routing, A_ERI, B_EOR)
-        if self.backend == "auto" and can_fuse(base_layer, x_BTI, A_ERI):
-            way = fused_way(name, routing)
-            if way is not None:
-                return self._fused(base_layer, x_BTI, A_ERI, B_EOR, routing, way)
-        y_BTO = base_layer(x_BTI)
-        dropped_BTI = self.dropout(x_BTI.to(A_ERI.dtype))
-        added = BACKENDS[name](y_BTO.to(dropped_BTI.dtype), dropped_BTI, A_ERI, B_EOR, routing, self.scaling)
-        return added.to(y_BTO.dtype)
+        return Operands(A_ERI, B_EOR, routing, choose(self.backend, routing, A_ERI, B_EOR))
 
-    def _fused(
-        self,
-        base_layer: Callable[..., Tensor],
-        x_BTI: Tensor,
-        A_ERI: Tensor,
-        B_EOR: Tensor,
-        routing: Routing,
-        way: Way,
-    ) -> Tensor:
-        assert isinstance(base_layer, nn.Linear)
-        if isinstance(way, ByRows):
-            gates: Tensor | None = weights_by_token(routing, A_ERI)
-        else:
-            gates = gates_by_token(x_BTI, routing, max(len(A_ERI), len(B_EOR)), A_ERI.dtype)
-        drop_BTI = self.dropout.draw(x_BTI)
-        drop_NI = None if drop_BTI is None else drop_BTI.view(-1, x_BTI.shape[-1])
-        layer = Layer(A_ERI, B_EOR, gates, self.scaling * self.dropout.factor, base_layer)
-        (out_NO,) = fused([layer], x_BTI.reshape(-1, x_BTI.shape[-1]), drop_NI, way)
-        return out_NO.view(*x_BTI.shape[:-1], -1)
+    def applied(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, own: Operands) -> Tensor:
+        """Returns base_layer(x) with the delta of `own` added."""
+        if (together := fused_together([(self, base_layer, own)], x_BTI)) is not None:
+            return together[0]
+        y_BTO = base_layer(x_BTI)
+        dropped_BTI = self.dropout(x_BTI.to(own.A_ERI.dtype))
+        y = y_BTO.to(dropped_BTI.dtype)
+        added = BACKENDS[own.backend](y, dropped_BTI, own.A_ERI, own.B_EOR, own.routing, self.scaling)
+        return added.to(y_BTO.dtype)
 
     def expand(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, routing: Routing) -> Tensor:
         """Returns (K, B, T, O): the first half of a feed-forward block, for each of a token's experts."""
@@ -187,12 +183,39 @@ class LoraBank(nn.Module):
         return ExpertOutputs(ids_SK.flatten(), picked_SKO.flatten(0, 1), mask_SK.flatten())
 
 
-def fused_way(backend: str, routing: Routing) -> Way | None:
-    """Returns how a backend's products are laid out with the frozen layer's; None for backends that have no such
-    form."""
-    if backend == "concat":
-        return ByChannel()
-    return ByRows.of(routing) if backend == "per_sequence" and routing.segments is not None else None
+def fused_together(
+    parts: Sequence[tuple[LoraBank, Callable[..., Tensor], Operands]], x_BTI: Tensor
+) -> list[Tensor] | None:
+    """Returns the outputs of frozen layers that read the same x, each with its experts' delta, from one function; None
+    where one of them cannot be had so, or their experts are not laid out alike. The experts of all drop the same
+    numbers of x.
+
+    Args:
+        parts: the bank, frozen layer and operands of each.
+        x_BTI: their input.
+    """
+    first, _, own = parts[0]
+    by_rows = own.backend == "per_sequence" and own.routing.segments is not None
+    if own.backend != "concat" and not by_rows:
+        return None
+    if not all(
+        bank.backend == "auto" and other.backend == own.backend and can_fuse(base, x_BTI, other.A_ERI)
+        for bank, base, other in parts
+    ):
+        return None
+    drop_BTI = first.dropout.draw(x_BTI)
+    layers = []
+    for bank, base, (A_ERI, B_EOR, routing, _) in parts:
+        assert isinstance(base, nn.Linear)
+        if by_rows:
+            gates: Tensor | None = weights_by_token(routing, A_ERI)
+        else:
+            gates = gates_by_token(x_BTI, routing, max(len(A_ERI), len(B_EOR)), A_ERI.dtype)
+        layers.append(Layer(A_ERI, B_EOR, gates, bank.scaling * bank.dropout.factor, base))
+    drop_NI = None if drop_BTI is None else drop_BTI.view(-1, x_BTI.shape[-1])
+    way = ByRows.of(own.routing) if by_rows else ByChannel()
+    outputs = fused(layers, x_BTI.reshape(-1, x_BTI.shape[-1]), drop_NI, way)
+    return [out_NO.view(*x_BTI.shape[:-1], -1) for out_NO in outputs]
 
 
 def evenly_spaced(mask_N: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,9 @@ class TrainingSettings:
     `read_ahead` reads the prompts once before a stage of several epochs, where routers read the base alone; false reads
     them in each step.
 
+    `shared_inputs` works modules out together that read the same input (q, k, v; gate, up): one product for all their
+    experts' A, one gradient of that input, one dropout mask. Sums differ in their last bits, dropout in what it drops.
+
     `head_chunk` rows of the language-model head are worked out at a time, where it is an ordinary linear; 0 asks the
     model for all logits. Sums then differ in their last bits.
 
@@ -59,6 +62,7 @@ class TrainingSettings:
     padding_free: bool = True
     tokens_at_once: int = -1
     read_ahead: bool = True
+    shared_inputs: bool = True
     bf16: bool = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"

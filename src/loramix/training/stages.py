@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from loramix.training.reading_ahead import read_ahead
 from loramix.training.settings import TrainingSettings
 from loramix.training.stopping import StopAtStepEnd
 from loramix.training.trainer import MixtureTrainer
+from loramix.tuner.shared_inputs import shared_inputs
 
 
 def train_stage(
@@ -80,7 +81,7 @@ def train_stage(
         batch_size=settings.per_device_train_batch_size,
         seed=settings.seed,
     )
-    collator, attention = layout(model, settings, pad_token_id)
+    collator, forms = layout(model, settings, pad_token_id)
     states = read_ahead(model, everything, settings, processes.count(), pad_token_id)
     trainer = MixtureTrainer(
         model,
@@ -96,17 +97,17 @@ def train_stage(
         prompt_states=states,
         say=lambda line: console.print(f"{title}: {line}", highlight=False, soft_wrap=True),
     )
-    return run(trainer, attention, title=title, log_file=log_file, console=console)
+    return run(trainer, forms, title=title, log_file=log_file, console=console)
 
 
 def run(
-    trainer: MixtureTrainer, attention: AbstractContextManager[None], *, title: str, log_file: Path, console: Console
+    trainer: MixtureTrainer, forms: AbstractContextManager[None], *, title: str, log_file: Path, console: Console
 ) -> dict[str, Any]:
     """Lets a trainer train, from its newest checkpoint on where there is one, and returns what was seen.
 
     Args:
         trainer: ready to train.
-        attention: under which its batches are learned, from `layout`.
+        forms: of the model, under which its batches are learned, from `layout`.
         title, log_file, console: as of `train_stage`, which also says what is returned and raised.
     """
     keeper, model = trainer.keeper, trainer.model
@@ -119,7 +120,7 @@ def run(
     trainer.add_callback(stop)
     if found is not None:
         trainer.add_callback(PutBackSums(trainer, found.folder))
-    with stop, attention:
+    with stop, forms:
         done = trainer.train(resume_from_checkpoint=str(found.folder) if found is not None else None)
     stop.raise_if_stopped(title, done.global_step, trainer.state.max_steps, saved=keeper is not None)
     trainer.end_well()
@@ -147,7 +148,7 @@ def numbered(examples: Iterable[Example]) -> list[Example]:
 def layout(
     model: nn.Module, settings: TrainingSettings, pad_token_id: int
 ) -> tuple[Collator | PaddingFreeCollator, AbstractContextManager[None]]:
-    """Returns what puts rows into a batch, and the attention under which such batches are learned.
+    """Returns what puts rows into a batch, and the forms of the model under which such batches are learned.
 
     Args:
         model: to be trained.
@@ -155,8 +156,16 @@ def layout(
         pad_token_id: of the base.
     """
     if settings.padding_free and keeps_segments_apart(model):
-        return PaddingFreeCollator(), segment_attention(model)
-    return Collator(pad_token_id), nullcontext()
+        return PaddingFreeCollator(), _forms(segment_attention(model), shared_inputs(model, settings.shared_inputs))
+    return Collator(pad_token_id), _forms(shared_inputs(model, settings.shared_inputs))
+
+
+@contextmanager
+def _forms(*forms: AbstractContextManager[None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for form in forms:
+            stack.enter_context(form)
+        yield
 
 
 def _begin(keeper: StageKeeper | None, title: str, console: Console) -> Checkpoint | None:

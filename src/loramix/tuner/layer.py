@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from loramix.errors import ConfigError, ModelError
-from loramix.experts import LoraBank, linear_sizes, one_expert
+from loramix.experts import LoraBank, fused_together, linear_sizes, one_expert
 from loramix.experts.fold import delta, fold_problem, with_delta
 from loramix.methods import method_named
 from loramix.routers import Site
@@ -48,6 +48,8 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         self.loramix_places: dict[str, Place] = {}
         self.loramix_trains: dict[str, tuple[str, ...]] = {}
         self.loramix_methods: dict[str, str] = {}
+        self.followers: tuple[LoramixLinear, ...] = ()
+        """Modules that read the same input right after this one, which then works for them too (shared_inputs)."""
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         sizes = linear_sizes(base_layer)
@@ -149,12 +151,13 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or adapter is None or adapter not in self.loramix_bank:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
+        if self.context.ahead and (ahead := self.context.ahead.pop(self.name, None)) is not None and ahead[0] is x:
+            return ahead[1]
         bank, place = self.bank(adapter), self.loramix_places[adapter]
         base_layer = partial(self.base_layer, *args, **kwargs) if args or kwargs else self.base_layer
         if place.scope is None:
-            if x.dim() == 3:
-                return bank(base_layer, x, one_expert(x))
-            return bank(base_layer, x[None], one_expert(x[None]))[0]
+            x_BTI = x if x.dim() == 3 else x[None]
+            return self._added(adapter, base_layer, x, x_BTI, one_expert(x_BTI), None)
         call = self.context.current()
         if place.half == "contract":
             return bank.contract(base_layer, x, call.routings[place.scope].by_token())
@@ -167,8 +170,35 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
             call.outputs[self.name] = bank.sampled_outputs(x_BTI, routing)
         if place.half == "expand":
             return bank.expand(base_layer, x_BTI, routing.by_token())
-        added: Tensor = bank(base_layer, x_BTI, routing)
-        return added.view(*x.shape[:-1], -1)
+        return self._added(adapter, base_layer, x, x_BTI, routing, call)
+
+    def _added(
+        self, adapter: str, base_layer: Any, x: Tensor, x_BTI: Tensor, routing: Routing, call: Call | None
+    ) -> Tensor:
+        """Returns base_layer(x) with the delta; what followers make of the same x is kept for them."""
+        bank, shape = self.bank(adapter), (*x.shape[:-1], -1)
+        own = bank.operands(x_BTI, routing)
+        followers = [one for one in self.followers if one.follows(adapter, routed=call is not None)]
+        if followers and torch.is_grad_enabled():
+            parts = [(bank, base_layer, own)]
+            for one in followers:
+                its = routing if call is None else one.routing(adapter, x_BTI, call)
+                parts.append((one.bank(adapter), one.base_layer, one.bank(adapter).operands(x_BTI, its)))
+            if (outputs := fused_together(parts, x_BTI)) is not None:
+                for one, y_BTO in zip(followers, outputs[1:], strict=True):
+                    self.context.ahead[one.name] = (x, y_BTO.view(shape))
+                return outputs[0].view(shape)
+        return bank.applied(base_layer, x_BTI, own).view(shape)
+
+    def follows(self, adapter: str, routed: bool) -> bool:
+        """Whether this module may be worked out beside a neighbour that is routed or not: an ordinary one, whose
+        adapter is on."""
+        if self.disable_adapters or self.merged or self.active_adapters[:1] != [adapter]:
+            return False
+        place = self.loramix_places.get(adapter)
+        return (
+            place is not None and (place.scope is not None) == routed and place.half is None and not place.keeps_outputs
+        )
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
