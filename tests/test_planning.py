@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 from loramix import LoramixConfig
 from loramix.cli.main import app
+from loramix.cli.validate import planned as planned_stages
 from loramix.data.collation import Example
 from loramix.data.padding_free import PaddingFreeCollator
 from loramix.data.prompts import Encoded
 from loramix.errors import ConfigError
+from loramix.experiment import build
 from loramix.models.segment_attention import segment_attention
-from loramix.planning.dry_run import dry_run
+from loramix.planning.dry_run import DryRun, dry_run
 from loramix.planning.flops import counting
-from loramix.planning.plan import largest_part
+from loramix.planning.plan import checkpoint_layers, largest_part, memory
 from loramix.segments import BORDERS
 from loramix.training.settings import TrainingSettings
 from loramix.training.supervised_loss import SupervisedLoss
 from tests import ended, tiny
 from tests import method_cases as cases
 
-LENGTH, PROMPT = 48, 20
+LENGTH, PROMPT, CHUNK = 96, 40, 8
 
 
 MANY = {"r": 8, "num_experts": 32, "backend": "grouped"}
@@ -47,47 +49,91 @@ def _built(method: str, device: str, **other: Any) -> Any:
     return get_peft_model(base, LoramixConfig(method=method, **given)).train()
 
 
-def _real(method: str, **other: Any) -> dict[str, int]:
+def _real(model: Any, told: bool) -> dict[str, int]:
     """What a true step of the same row counts."""
-    model = _built(method, "cpu", **other)
     batch = PaddingFreeCollator()([Example(Encoded([5] * LENGTH, [i >= PROMPT for i in range(LENGTH)], PROMPT), 0)])
-    kept = {"input_ids", "position_ids", *BORDERS, *([] if method != "moa" else ["domain_ids", "prompt_mask"])}
+    kept = {"input_ids", "position_ids", *BORDERS, *(["domain_ids", "prompt_mask"] if told else [])}
     asked = {name: value for name, value in batch.items() if name in kept}
-    loss = SupervisedLoss(model, 8)
+    loss = SupervisedLoss(model, CHUNK)
+
+    def step() -> None:
+        nll_B, _ = loss(model, asked, batch)
+        taught = [routing.logits.sum() for routing in model.routings.values()] if told else []
+        torch.autograd.backward([nll_B.sum(), *taught])
+        model.zero_grad()
+
     with segment_attention(model):
-        loss(model, asked, batch)  # the head is tried
-        seen = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
-        held: list[Any] = []
-
-        def keep(tensor: Tensor) -> Tensor:
-            held.append(tensor.untyped_storage())
-            seen.setdefault(held[-1].data_ptr(), held[-1].nbytes())
-            return tensor
-
-        with counting() as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-            nll_B, _ = loss(model, asked, batch)
-            nll_B.sum().backward()
+        step()  # the head is tried
+        with counting() as counter:
+            step()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
     attention = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "flops": counter.get_total_flops() - attention,
-        "kept_bytes": sum(seen.values()),
+        "peak": max(accumulate(event.nbytes() for event in events)),
     }
 
 
+def _planned(model: Any, told: bool, settings: TrainingSettings) -> tuple[DryRun, int]:
+    """The same row on shapes alone, and its bytes at the peak."""
+    dry = dry_run(model, LENGTH, LENGTH - PROMPT, 0, CHUNK, told=told, by_row=True)
+    return dry, memory(dry, model, settings, LENGTH, 1 - PROMPT / LENGTH, several=False)["activations"]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "run again"])
 @pytest.mark.parametrize(
     ("method", "other"),
     [*((name, {}) for name in ("lora", "moa", "mosld", "mola", "mixlora")), ("molora", MANY), ("mixlora", MANY)],
 )
-def test_a_dry_run_counts_what_a_step_counts(method: str, other: dict[str, Any]):
-    real = _real(method, **other)
-    dry = dry_run(_built(method, "meta", **other), LENGTH, LENGTH - PROMPT, 0, 8, told=method == "moa", by_row=True)
+def test_a_dry_run_counts_what_a_step_counts(method: str, other: dict[str, Any], again: bool):
+    settings = TrainingSettings(head_chunk=CHUNK, activation_checkpointing=again)
+    true, shapes = _built(method, "cpu", **other), _built(method, "meta", **other)
+    for model in (true, shapes):
+        checkpoint_layers(model, settings)
+    real = _real(true, told=method == "moa")
+    dry, peak = _planned(shapes, method == "moa", settings)
     assert (dry.parameters, dry.trained) == (real["parameters"], real["trained"])
     assert dry.flops == pytest.approx(real["flops"], rel=0.01), "attention left out on both sides"
+    assert (dry.flops > 1.3 * _once(method, other)) == again
     # Without borders moa's experts are gathered for the row, which keeps one expert's weights again: little beside the
     # tokens of a true base.
-    assert dry.kept_bytes == pytest.approx(real["kept_bytes"], rel=0.07 if method == "moa" else 0.01)
+    assert peak == pytest.approx(real["peak"], rel=0.07 if method == "moa" else 0.03)
+
+
+def _once(method: str, other: dict[str, Any]) -> int:
+    """FLOPs where no layer runs again."""
+    return _planned(_built(method, "meta", **other), method == "moa", TrainingSettings(head_chunk=CHUNK))[0].flops
+
+
+def test_gradients_that_are_there_are_not_held_twice():
+    model = _built("molora", "meta", **MANY)
+    first, later = (dry_run(model, 4, 2, 0, CHUNK, told=False, later=there) for there in (False, True))
+    assert first.flops == later.flops
+    assert first.peak_bytes > 4 * first.trained > 2 * later.peak_bytes, "its own gradients, one at a time"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_every_second_layer_runs_again():
+    flops = []
+    for kwargs in ({"every_n_layers": 2}, {}):
+        model = _built("lora", "meta")
+        checkpoint_layers(
+            model, TrainingSettings(activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+        )
+        flops.append(_planned(model, False, TrainingSettings())[0].flops - _once("lora", {}))
+    assert flops[1] == pytest.approx(2 * flops[0], rel=0.1)
+
+
+def test_a_base_whose_layers_cannot_run_again_is_a_line():
+    model = _built("lora", "meta")
+    model.get_base_model().supports_gradient_checkpointing = False
+    with pytest.raises(ConfigError, match=r"activation_checkpointing: this base.*Leave it out"):
+        checkpoint_layers(model, TrainingSettings(activation_checkpointing=True))
 
 
 def test_what_is_counted_by_hand():
@@ -148,7 +194,8 @@ def test_the_command_says_what_training_will_take(tmp_path: Path):
     said = CliRunner().invoke(app, ["validate", str(file), "--plan", "--json"])
     assert said.exit_code == 0, said.output
     stages = json.loads(said.stdout)["plan"]
-    assert [stage["stage"].split()[-1] for stage in stages] == ["another", "joint"]
+    names = ["3 experts, one after another", "control single_long: 3 experts, each trained on alone"]
+    assert [stage["stage"] for stage in stages] == [*names, "control mixed: one LoRA on all domains", "joint"]
     assert all(stage["seconds"] > 0 and stage["tokens"] > 0 for stage in stages)
     once = _flops_per_token(file, "joint_stage.num_train_epochs=1", "joint_stage.max_steps=-1")
     often = _flops_per_token(file, "joint_stage.num_train_epochs=9", "joint_stage.max_steps=-1")
@@ -156,19 +203,63 @@ def test_the_command_says_what_training_will_take(tmp_path: Path):
         file, "joint_stage.num_train_epochs=9", "joint_stage.max_steps=-1", "joint_stage.read_ahead=false"
     )
     assert often < once == in_each
-    said = CliRunner().invoke(app, ["validate", str(file), "--plan", "--json", "experts_together=true"])
+    said = CliRunner().invoke(app, ["validate", str(file), "--plan", "--json", "experts_together=true", "controls=[]"])
     together = json.loads(said.stdout)["plan"][0]
     assert together["stage"] == "3 experts, together"
     assert together["trained"] == 3 * stages[0]["trained"], "all experts, no routers"
     assert together["tokens"] == stages[0]["tokens"]
-    shown = CliRunner().invoke(app, ["validate", str(file), "--plan"])
+    said = CliRunner().invoke(
+        app, ["validate", str(file), "--plan", "--json", "training.activation_checkpointing=true"]
+    )
+    again = json.loads(said.stdout)["plan"]
+    for one, other in zip(stages, again, strict=True):
+        assert other["flops_per_token"] > one["flops_per_token"]
+        assert other["memory_bytes"]["activations"] < one["memory_bytes"]["activations"]
+    shown = CliRunner().invoke(app, ["validate", str(file), "--plan", "controls=[]"])
     assert "MFLOP" in shown.output
+    assert "all training: " in shown.output
     wrong = CliRunner().invoke(app, ["validate", str(file), "--plan", "adapter.r=0", "training.seed=-1"])
     assert wrong.exit_code != 0
 
 
 def _flops_per_token(file: Path, *overrides: str) -> int:
-    said = CliRunner().invoke(app, ["validate", str(file), "--plan", "--json", *overrides])
+    said = CliRunner().invoke(app, ["validate", str(file), "--plan", "--json", "controls=[]", *overrides])
     assert said.exit_code == 0, said.output
     found: int = json.loads(said.stdout)["plan"][-1]["flops_per_token"]
     return found
+
+
+@pytest.mark.parametrize(
+    ("method", "controls", "changed"),
+    [
+        ("moa", ["single_long", "mixed"], {"data": {"mixing": "uniform", "max_train_examples": {"adds": 12}}}),
+        ("mola", ["mixed"], {}),
+        ("full", ["mixed"], {}),  # only the control has experts
+        ("lora", [], {"expert_stage": {"num_train_epochs": 2}}),
+    ],
+)
+def test_a_run_learns_the_tokens_of_its_plan(
+    tmp_path: Path, method: str, controls: list[str], changed: dict[str, dict[str, Any]]
+):
+    content = {**ended.settings(tmp_path, method, max_steps=-1, num_train_epochs=1), "controls": controls}
+    content |= {name: {**content.get(name, {}), **values} for name, values in changed.items()}
+    experiment = build({**content, "output_dir": str(tmp_path / "run")}).experiment
+    planned = planned_stages(experiment)
+    seen = ended.train(content, tmp_path / "run")["stages"]
+    joined: dict[str, int] = {}
+    for name, stage in seen.items():
+        kind = {"expert": "3", "longer": "control single_long:", "mixed": "control mixed:"}.get(
+            name.split()[0], "joint"
+        )
+        kind = "joint" if method == "lora" else kind  # the method is what the control would be
+        joined[kind] = joined.get(kind, 0) + stage["tokens"]
+    if method == "full":
+        del joined["joint"]
+    assert len(planned) == len(joined)
+    for one, (kind, tokens) in zip(planned, sorted(joined.items(), key=lambda item: _order(item[0])), strict=True):
+        assert one.stage.startswith(kind)
+        assert one.tokens == pytest.approx(tokens, rel=0.02)
+
+
+def _order(kind: str) -> int:
+    return ["3", "control single_long:", "control mixed:", "joint"].index(kind)

@@ -6,19 +6,20 @@ import math
 from dataclasses import replace
 
 from loramix import processes
+from loramix.corpus import Encoded
 from loramix.methods import method_named
-from loramix.preparation import Prepared
+from loramix.settings import Experiment
 from loramix.training.settings import TrainingSettings
 
 
-def expert_settings(prepared: Prepared) -> TrainingSettings:
+def expert_settings(experiment: Experiment) -> TrainingSettings:
     """Returns the settings of stage 1, each expert alone."""
-    return prepared.experiment.settings(prepared.experiment.expert_stage)
+    return experiment.settings(experiment.expert_stage)
 
 
-def joint_settings(prepared: Prepared) -> TrainingSettings:
+def joint_settings(experiment: Experiment) -> TrainingSettings:
     """Returns the settings of the stage on all domains."""
-    return prepared.experiment.settings(prepared.experiment.joint_stage)
+    return experiment.settings(experiment.joint_stage)
 
 
 def steps(settings: TrainingSettings, examples: int) -> int:
@@ -52,32 +53,33 @@ def steps_for(rows: int, settings: TrainingSettings, examples: int) -> int:
     return max(1, whole * steps_per_epoch(settings, examples) + math.ceil(rest / rows_per_step(settings)))
 
 
-def joint_steps(prepared: Prepared) -> int:
+def joint_steps(experiment: Experiment, data: Encoded) -> int:
     """Returns the optimizer steps of the stage on all domains; 0 where the method has none by gradients."""
-    last = method_named(prepared.experiment.method).stages[-1]
+    last = method_named(experiment.method).stages[-1]
     if not last.takes_steps:
         return 0
-    return steps(joint_settings(prepared), sum(len(examples) for examples in prepared.train.values()))
+    return steps(joint_settings(experiment), sum(len(examples) for examples in data.train.values()))
 
 
-def all_stages(prepared: Prepared) -> TrainingSettings:
+def all_stages(experiment: Experiment, data: Encoded) -> TrainingSettings:
     """Returns settings under which one LoRA sees all domains for as many steps as all of the method's stages."""
-    total = joint_steps(prepared)
-    if not method_named(prepared.experiment.method).starts_from_experts:
-        return replace(joint_settings(prepared), max_steps=total)
-    first = expert_settings(prepared)
-    total += sum(steps(first, len(examples)) for examples in prepared.train.values())
+    total = joint_steps(experiment, data)
+    if not method_named(experiment.method).starts_from_experts:
+        return replace(joint_settings(experiment), max_steps=total)
+    first = expert_settings(experiment)
+    total += sum(steps(first, len(examples)) for examples in data.train.values())
     return replace(first, max_steps=total)
 
 
-def longer(prepared: Prepared, domain: str) -> TrainingSettings:
+def longer(experiment: Experiment, data: Encoded, domain: str) -> TrainingSettings:
     """Returns settings under which one expert goes on alone just as stage 2 would train it.
 
     The same number of optimizer steps, and in each of them the domain's share of stage 2's rows: the same examples seen
     and the same number of updates. With whole batches it would get as many examples but a fraction of the updates, and
     a gain of the mixture could be no more than that.
     """
-    return longer_settings(joint_settings(prepared), joint_steps(prepared), prepared.shares()[domain])
+    share = data.shares(experiment.data)[domain]
+    return longer_settings(joint_settings(experiment), joint_steps(experiment, data), share)
 
 
 def longer_settings(second: TrainingSettings, steps_of_second: int, share: float) -> TrainingSettings:

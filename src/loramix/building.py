@@ -92,7 +92,7 @@ def train_together(prepared: Prepared, folders: Mapping[str, Path], title: str) 
         folders: where the expert of each domain is saved.
         title: for the bar, the log and the checkpoints.
     """
-    settings, domains = expert_settings(prepared), prepared.domains
+    settings, domains = expert_settings(prepared.experiment), prepared.domains
     model = with_lora(prepared, domains[0])
     fresh = take_expert(model.get_base_model(), ADAPTER)
     prepared.base = model.unload()
@@ -142,7 +142,7 @@ def train_method(
         return model, _search(prepared, model, method)
     if not stage.trains:
         return model.eval(), {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": None}
-    settings = joint_settings(prepared)
+    settings = joint_settings(prepared.experiment)
     losses = {**method.losses, **settings.losses}
     title = f"{method.name}: {' and '.join(stage.trains)}"
     return model, train_on(prepared, model, title, domains or prepared.domains, settings, losses)
@@ -161,7 +161,7 @@ def teach_routers(prepared: Prepared, experts: dict[str, Expert]) -> tuple[Any, 
     ]
     prepared.console.print(f"reading {len(prompts)} prompts for the routers ...", highlight=False)
     states = prompt_states(model, prompts, pad_token_id=prepared.pad)
-    settings = joint_settings(prepared)
+    settings = joint_settings(prepared.experiment)
     fit = RouterFit(learning_rate=settings.router_learning_rate, seed=settings.seed)
     losses = fit_routers(routers_of(model), states, torch.tensor([domain for _, domain in prompts]), fit)
     seen = {"steps": fit.steps, "tokens": sum(len(ids) for ids, _ in prompts)}

@@ -93,12 +93,12 @@ def _train_and_measure(prepared: Prepared, results: Results, stage: str | None) 
         _measure_once(prepared, results, "base", scores)
     method = method_named(experiment.method)
     if method.expert_count == "one":
-        _train_one(prepared, results, prepared.run.model, expert_settings(prepared))
+        _train_one(prepared, results, prepared.run.model, expert_settings(prepared.experiment))
         return
     experts = _train_experts(prepared, results) if method.starts_from_experts else {}
     if stage is None:
         if "mixed" in experiment.controls:
-            _train_one(prepared, results, prepared.run.mixed, all_stages(prepared))
+            _train_one(prepared, results, prepared.run.mixed, all_stages(prepared.experiment, prepared.data))
         _train_method(prepared, results, experts)
 
 
@@ -160,13 +160,14 @@ def _train_experts(prepared: Prepared, results: Results) -> dict[str, Expert]:
     if prepared.experiment.experts_together and len(prepared.domains) > 1:
         _train_together(prepared)
     for domain in prepared.domains:
-        part = Part(_expert_title(domain), run.expert(domain), [domain], expert_settings(prepared))
+        part = Part(_expert_title(domain), run.expert(domain), [domain], expert_settings(prepared.experiment))
         model = _train_once(prepared, results, part, partial(with_lora, prepared, domain))
         experts[domain] = take_expert(model.get_base_model(), ADAPTER)
         _measure_once(prepared, results, "single", partial(_own_domain, prepared, model, domain), domain)
         prepared.base = model.unload()
         if "single_long" in prepared.experiment.controls:
-            part = Part(f"longer {domain}", run.longer(domain), [domain], longer(prepared, domain))
+            settings = longer(prepared.experiment, prepared.data, domain)
+            part = Part(f"longer {domain}", run.longer(domain), [domain], settings)
             trained_on = partial(load_adapter, prepared.base, run.expert(domain), is_trainable=True)
             model = _train_once(prepared, results, part, trained_on)
             _measure_once(prepared, results, "single_long", partial(_own_domain, prepared, model, domain), domain)

@@ -63,12 +63,12 @@ def validate(
 
 
 def planned(experiment: Experiment) -> list[StagePlan]:
-    """Returns what each stage will take."""
+    """Returns what each stage and each control will take."""
     from loramix.corpus import encode_all
     from loramix.models import load_tokenizer
     from loramix.planning.plan import plan
 
-    return plan(experiment, encode_all(experiment, load_tokenizer(experiment.model_name_or_path)).train)
+    return plan(experiment, encode_all(experiment, load_tokenizer(experiment.model_name_or_path)))
 
 
 def show(stages: Sequence[StagePlan], console: Console) -> None:
@@ -84,4 +84,5 @@ def show(stages: Sequence[StagePlan], console: Console) -> None:
         numbers = [f"{number:,}" for number in (one.trained, one.parameters, one.tokens)]
         table.add_row(one.stage, *numbers, f"{one.flops_per_token / 1e6:,.0f}", *sizes, f"{one.seconds / 60:,.1f} min")
     console.print(table)
+    console.print(f"# all training: {sum(one.seconds for one in stages) / 60:,.1f} min", highlight=False)
     console.print("# time: on this machine, by the speed of its products now; docs/plan.md says how far off plans are")

@@ -175,7 +175,7 @@ class CellRunner:
             model = load_adapter(prepared.base, self._folder(cell.needs[domain]), is_trainable=True)
         else:
             model = with_lora(prepared, domain)
-        return model, train_on(prepared, model, f"{cell.kind} {domain}", [domain], expert_settings(prepared))
+        return model, train_on(prepared, model, f"{cell.kind} {domain}", [domain], expert_settings(prepared.experiment))
 
     def _experts(self, prepared: Prepared, needs: Mapping[str, str]) -> dict[str, Expert]:
         experts: dict[str, Expert] = {}

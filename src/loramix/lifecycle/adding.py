@@ -171,7 +171,7 @@ def _train_alone(prepared: Prepared, name: str, folder: Path, added: Added) -> N
     held: list[Example] = prepared.held[name]
     added.perplexity["base"] = perplexity(score(prepared.base, held, pad_token_id=prepared.pad))
     model = with_lora(prepared, name)
-    train_on(prepared, model, f"expert {name}", [name], expert_settings(prepared))
+    train_on(prepared, model, f"expert {name}", [name], expert_settings(prepared.experiment))
     save(model, folder)
     added.perplexity["expert"] = perplexity(score(model, held, pad_token_id=prepared.pad))
     prepared.base = model.unload()
@@ -208,7 +208,9 @@ def _teach(
     states = prompt_states(model, everything, pad_token_id=prepared.pad)
     learned = len(old) + len(new)
     labels_N = torch.tensor([label for _, label in old] + [len(names)] * len(new))
-    fit = RouterFit(learning_rate=expert_settings(prepared).router_learning_rate, seed=prepared.experiment.seed)
+    fit = RouterFit(
+        learning_rate=expert_settings(prepared.experiment).router_learning_rate, seed=prepared.experiment.seed
+    )
     routers = routers_of(model)
     by_scope = {scope: fit_added(router, states[scope][:learned], labels_N, fit) for scope, router in routers.items()}
     decision = str(config.decision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from peft import get_peft_model
 
 from loramix.adapter_settings import adapter_config, together_config
-from loramix.budget import rows_learned
+from loramix.budget import all_stages, expert_settings, joint_settings, longer, rows_learned
+from loramix.corpus import Encoded
 from loramix.data.collation import Example
+from loramix.errors import ConfigError
 from loramix.methods import method_named
 from loramix.models import load_skeleton
 from loramix.planning.dry_run import DryRun, dry_run
@@ -32,12 +34,13 @@ class StagePlan:
     """What one stage will take.
 
     Attributes:
-        stage: its name; one for all experts that are trained one after another.
+        stage: its name; one for all experts that are trained one after another. Controls, which a run trains to
+            compare with, are called so.
         parameters, trained: numbers of the model.
         tokens: real tokens learned from, all epochs.
         flops_per_token: forward and backward.
         memory_bytes: the peak, by what holds it: weights, training (Adam; gradients where a step has several parts),
-            activations (of the longest part of a micro-batch, and the head's chunk).
+            activations (of the longest part of a micro-batch, with the head's chunk; or gradients, if they are more).
         seconds: FLOPs over the measured GEMM rate times EFFICIENCY, on this machine.
     """
 
@@ -50,81 +53,133 @@ class StagePlan:
     seconds: float
 
 
-def plan(experiment: Experiment, train: dict[str, list[Example]]) -> list[StagePlan]:
-    """Returns the plan of each stage that takes gradient steps. No weights are loaded.
+@dataclass(frozen=True)
+class _Training:
+    """What is trained in a stage, and how; `taught` says whether the routers that are there learn."""
+
+    stage: str
+    config: Any
+    settings: TrainingSettings
+    tokens: int
+    taught: bool = False
+
+
+def plan(experiment: Experiment, data: Encoded) -> list[StagePlan]:
+    """Returns the plan of each stage and control that takes gradient steps with experts, in a run's order. No weights
+    are loaded.
 
     Args:
         experiment: the settings.
-        train: examples by domain.
+        data: its examples.
 
     Raises:
-        ConfigError: the base does not run on shapes alone.
+        ConfigError: the base does not run on shapes alone, or its layers cannot run again in the backward.
     """
-    method, everything = method_named(experiment.method), [one for part in train.values() for one in part]
-    stages = []
-    rate = gemm_rate(experiment)
-    if method.tuner != "loramix":
-        return []
-    domains = list(train)
+    rate, everything = gemm_rate(experiment), [one for part in data.train.values() for one in part]
+    return [_planned(experiment, training, everything, rate) for training in _trainings(experiment, data)]
+
+
+def _trainings(experiment: Experiment, data: Encoded) -> Iterator[_Training]:
+    """Yields what `pipeline.run_experiment` trains."""
+    method, domains = method_named(experiment.method), list(data.train)
+    on_all = partial(_tokens, data.train, data.shares(experiment.data))
+    last = method.stages[-1]
+    if method.expert_count == "one":
+        settings = expert_settings(experiment)
+        yield _Training(last.name, adapter_config(experiment, domains), settings, on_all(settings))
+        return
     if method.starts_from_experts:
-        settings = experiment.settings(experiment.expert_stage)
-        rows = sum(rows_learned(settings, len(part)) for part in train.values())
-        if experiment.experts_together and len(domains) > 1:
-            batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * len(domains)
-            settings = replace(settings, per_device_train_batch_size=batch, gradient_accumulation_steps=1)
-            config, name = together_config(experiment, domains), f"{len(domains)} experts, together"
-        else:
-            config = adapter_config(experiment, domains, "lora", domains[0])
-            name = f"{len(domains)} experts, one after another"
-        stages.append(_stage(experiment, config, name, settings, rows, everything, rate, taught=False))
-    if method.stages[-1].takes_steps:
-        settings = experiment.settings(experiment.joint_stage)
-        rows = rows_learned(settings, len(everything))
-        config, name = adapter_config(experiment, domains), method.stages[-1].name
-        stages.append(_stage(experiment, config, name, settings, rows, everything, rate, taught=True))
-    return stages
+        yield _experts(experiment, data)
+        if "single_long" in experiment.controls:
+            yield _experts_trained_on(experiment, data)
+    if "mixed" in experiment.controls:
+        settings, config = all_stages(experiment, data), adapter_config(experiment, domains, "lora")
+        yield _Training("control mixed: one LoRA on all domains", config, settings, on_all(settings))
+    if method.tuner == "loramix" and last.takes_steps:
+        settings = joint_settings(experiment)
+        yield _Training(last.name, adapter_config(experiment, domains), settings, on_all(settings), taught=True)
 
 
-def _stage(
-    experiment: Experiment,
-    config: Any,
-    name: str,
-    settings: TrainingSettings,
-    rows: int,
-    examples: Sequence[Example],
-    rate: float,
-    taught: bool,
-) -> StagePlan:
-    """Plans a stage; `taught` says whether the routers that are there learn."""
+def _experts(experiment: Experiment, data: Encoded) -> _Training:
+    settings, domains = expert_settings(experiment), list(data.train)
+    tokens = sum(_tokens({name: part}, {name: 1.0}, settings) for name, part in data.train.items())
+    if not experiment.experts_together or len(domains) == 1:
+        config = adapter_config(experiment, domains, "lora", domains[0])
+        return _Training(f"{len(domains)} experts, one after another", config, settings, tokens)
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * len(domains)
+    settings = replace(settings, per_device_train_batch_size=batch, gradient_accumulation_steps=1)
+    return _Training(f"{len(domains)} experts, together", together_config(experiment, domains), settings, tokens)
+
+
+def _experts_trained_on(experiment: Experiment, data: Encoded) -> _Training:
+    """The domains have steps of different sizes; the largest says what memory they take."""
+    domains = list(data.train)
+    settings = {name: longer(experiment, data, name) for name in domains}
+    tokens = sum(_tokens({name: data.train[name]}, {name: 1.0}, settings[name]) for name in domains)
+    largest = max(settings.values(), key=lambda one: one.per_device_train_batch_size)
+    config = adapter_config(experiment, domains, "lora", domains[0])
+    return _Training(f"control single_long: {len(domains)} experts, each trained on alone", config, largest, tokens)
+
+
+def _tokens(parts: Mapping[str, Sequence[Example]], shares: Mapping[str, float], settings: TrainingSettings) -> int:
+    """Returns the real tokens that a stage learns from: its rows, of the mean length that the mixture has."""
+    mean = sum(shares[name] * sum(one.length for one in part) / len(part) for name, part in parts.items())
+    return round(rows_learned(settings, sum(len(part) for part in parts.values())) * mean)
+
+
+def _planned(experiment: Experiment, training: _Training, examples: Sequence[Example], rate: float) -> StagePlan:
+    settings, tokens = training.settings, training.tokens
     lengths = [one.length for one in examples]
-    mean = sum(lengths) / len(lengths)
-    tokens = round(rows * mean)
     learned = sum(one.supervised_tokens for one in examples) / sum(lengths)
     longest = largest_part(settings, max(lengths))
-    of_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * max(lengths)
+    several = longest < settings.per_device_train_batch_size * settings.gradient_accumulation_steps * max(lengths)
     skeleton = load_skeleton(experiment.model_name_or_path).to(getattr(torch, experiment.dtype))
-    model = get_peft_model(skeleton, config).train()
-    for parameter_name, parameter in model.named_parameters():
-        if not taught and ".loramix_router." in parameter_name:
+    model = get_peft_model(skeleton, training.config).train()
+    for name, parameter in model.named_parameters():
+        if not training.taught and ".loramix_router." in name:
             parameter.requires_grad_(False)
-    router = method_named(config.method).router
+    checkpoint_layers(model, settings)
+    router = method_named(training.config.method).router
     told = router is not None and router.settled_by != "nothing"
     by_row = settings.padding_free and not torch.accelerator.is_available()
-    run = partial(dry_run, model, longest, max(1, round(longest * learned)), round(mean), settings.head_chunk, told)
-    seen = run(by_row)
+    row = round(sum(lengths) / len(lengths))
+    run = partial(dry_run, model, longest, max(1, round(longest * learned)), row, settings.head_chunk, told, by_row)
+    seen = run(later=several)
     flops = seen.flops / longest * tokens
-    if told and settings.read_ahead and rows > len(examples):  # prompts are read once, not in every epoch
-        every_time, seen = seen, run(by_row, ahead=True)
+    if told and settings.read_ahead and tokens > sum(lengths):  # prompts are read once, not in every epoch
+        every_time, seen = seen, run(ahead=True, later=several)
         flops = (seen.flops * tokens + (every_time.flops - seen.flops) * sum(lengths)) / longest
     return StagePlan(
-        stage=name,
+        stage=training.stage,
         parameters=seen.parameters,
         trained=seen.trained,
         tokens=tokens,
         flops_per_token=round(flops / tokens),
-        memory_bytes=memory(seen, model, settings, longest, learned, longest < of_step),
+        memory_bytes=memory(seen, model, settings, longest, learned, several),
         seconds=flops / (rate * EFFICIENCY),
     )
+
+
+def checkpoint_layers(model: Any, settings: TrainingSettings) -> None:
+    """Turns activation checkpointing on where the settings ask for it, as the trainer does before its first step.
+
+    Args:
+        model: a PeftModel.
+        settings: of the stage.
+
+    Raises:
+        ConfigError: the base's layers cannot run again.
+    """
+    if not settings.activation_checkpointing:
+        return
+    given = {"use_reentrant": False, **settings.activation_checkpointing_kwargs}
+    own = {name: given.pop(name) for name in ("every_n_layers", "offload") if name in given}
+    try:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **own)
+    except ValueError as error:
+        raise ConfigError(
+            f"activation_checkpointing: this base's layers cannot run again in the backward ({error}). Leave it out."
+        ) from error
 
 
 def largest_part(settings: TrainingSettings, longest: int) -> int:
@@ -148,17 +203,11 @@ def memory(
         learned: the share of tokens that is learned.
         several: whether a step has several parts.
     """
-    base = model.get_base_model()
-    words = base.config.get_text_config().vocab_size
+    words = model.get_base_model().config.get_text_config().vocab_size
     rows = max(1, round(tokens * learned))
-    head = 2 * 4 * words * min(rows, settings.head_chunk or rows)  # logits and what becomes of them
-    kept = seen.kept_bytes
-    if settings.activation_checkpointing:
-        layers = base.config.get_text_config().num_hidden_layers
-        kept = kept // layers + layers * tokens * base.config.get_text_config().hidden_size * 4
-    gradients = GRADIENT_BYTES * seen.trained
-    at_most = kept + head if several else max(kept + head, gradients)
-    training = ADAM_BYTES * seen.trained + (gradients if several else 0)
+    head = 2 * 4 * words * min(rows, settings.head_chunk or rows)  # logits, and what their sum holds for itself
+    training = (ADAM_BYTES + (GRADIENT_BYTES if several else 0)) * seen.trained
+    at_most = max(seen.kept_bytes + head, seen.peak_bytes)
     return {"weights": seen.weight_bytes, "training": training, "activations": at_most}
 
 
