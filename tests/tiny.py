@@ -101,3 +101,10 @@ def toy_domains(folder: Path, train: int = 24, test: int = 8) -> dict[str, str]:
             text = "\n".join(map(json.dumps, rows))
             (folder / domain / f"{split}.jsonl").write_text(text + "\n", encoding="utf-8")
     return {domain: str(folder / domain) for domain in kinds}
+
+
+def in_halves(model: torch.nn.Module) -> None:
+    """Turns what is frozen of a model into bfloat16, as a base loaded so has it; experts and routers stay fp32."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loramix.models.half_attention import attends_in_halves, half_attention
 from loramix.segments import BORDERS
 
 NAME = "loramix_segments"
@@ -120,7 +121,11 @@ def _attention(
     apart = (torch.split(one, lengths, dim=2) for one in (query_1HND, key_1GND, value_1GND))
     for query, key, value in zip(*apart, strict=True):
         mask = _band(query.shape[2], sliding_window, query.device)
-        parts.append(sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0])
+        plain = mask is None and not kwargs.get("dropout") and getattr(module, "is_causal", True)
+        if plain and attends_in_halves(query, key, value):
+            parts.append(half_attention(query, key, value, kwargs.get("scaling")).transpose(1, 2))
+        else:
+            parts.append(sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0])
     return torch.cat(parts, dim=1), None
 
 
