@@ -29,6 +29,7 @@ from loramix.methods import METHODS
 from loramix.models import load_skeleton
 from loramix.planning.dry_run import dry_run
 from loramix.planning.plan import EFFICIENCY, gemm_rate, memory
+from loramix.training.while_learning import while_learning
 
 ROWS, LENGTH = 2, 256
 
@@ -75,7 +76,8 @@ def row(name: str, step: TrainingStep, measured: float, rate: float) -> dict[str
     told = router is not None and router.settled_by != "nothing"
     tokens, learned = ROWS * LENGTH, ROWS * LENGTH // 2
     settings = step.trainer.settings
-    dry = dry_run(model, tokens, learned, LENGTH, settings.head_chunk, told, by_row=True)
+    with while_learning(model, settings, apart=False):
+        dry = dry_run(model, tokens, learned, LENGTH, settings.head_chunk, told, by_row=True)
     sizes = memory(dry, model, settings, tokens, 0.5, several=False)
     predicted = sizes["activations"] / 2**20  # weights and Adam's state were there before
     seconds = dry.flops / (rate * EFFICIENCY)

@@ -20,6 +20,7 @@ from loramix.planning.dry_run import DryRun, dry_run
 from loramix.settings import Experiment
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import bound_of
+from loramix.training.while_learning import while_learning
 
 EFFICIENCY = 0.71
 """Share of the GEMM rate that steps reached on the built-in base; benchmarks/plan_error.py says how far off it is."""
@@ -111,11 +112,12 @@ def _stage(
     told = router is not None and router.settled_by != "nothing"
     by_row = settings.padding_free and not torch.accelerator.is_available()
     run = partial(dry_run, model, longest, max(1, round(longest * learned)), round(mean), settings.head_chunk, told)
-    seen = run(by_row)
-    flops = seen.flops / longest * tokens
-    if told and settings.read_ahead and rows > len(examples):  # prompts are read once, not in every epoch
-        every_time, seen = seen, run(by_row, ahead=True)
-        flops = (seen.flops * tokens + (every_time.flops - seen.flops) * sum(lengths)) / longest
+    with while_learning(model, settings, apart=False):  # what is kept; attention is the dry run's own
+        seen = run(by_row)
+        flops = seen.flops / longest * tokens
+        if told and settings.read_ahead and rows > len(examples):  # prompts are read once, not in every epoch
+            every_time, seen = seen, run(by_row, ahead=True)
+            flops = (seen.flops * tokens + (every_time.flops - seen.flops) * sum(lengths)) / longest
     return StagePlan(
         stage=name,
         parameters=seen.parameters,

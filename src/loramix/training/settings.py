@@ -30,6 +30,10 @@ class TrainingSettings:
     `read_ahead` reads the prompts once before a stage of several epochs, where routers read the base alone; false reads
     them in each step.
 
+    `lean_norms` lets frozen RMSNorms, and `lean_activations` blocks of silu(gate) * up, be computed in fewer passes and
+    with less kept for the backward, where the base has such (it is tried). With lean norms sums differ in their last
+    bits. Neither has an effect under `torch_compile`.
+
     `head_chunk` rows of the language-model head are worked out at a time, where it is an ordinary linear; 0 asks the
     model for all logits. Sums then differ in their last bits.
 
@@ -59,6 +63,8 @@ class TrainingSettings:
     padding_free: bool = True
     tokens_at_once: int = -1
     read_ahead: bool = True
+    lean_norms: bool = True
+    lean_activations: bool = True
     bf16: bool = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
