@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -137,6 +138,19 @@ def test_types_and_shapes_of_a_norm(kind: torch.dtype, weights: torch.dtype, sha
     torch.testing.assert_close(got, wanted, **rounding)
     slopes = [torch.autograd.grad(one, x, slope)[0] for one in (got, wanted)]
     torch.testing.assert_close(*slopes, **rounding)
+
+
+@pytest.mark.parametrize(("kind", "fewer"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_norm_keeps_its_input_as_it_is(kind: torch.dtype, fewer: bool):
+    norm, kept = LlamaRMSNorm(32).to(kind).requires_grad_(False), []
+    for changed in (nullcontext(), lean_norms(norm)):
+        held: dict[int, Any] = {}
+        keep = lambda one, held=held: held.setdefault(one.untyped_storage().data_ptr(), one)  # noqa: E731
+        with changed, saved_tensors_hooks(keep, lambda one: one):
+            y = norm(torch.randn(64, 32).to(kind).requires_grad_())
+        kept.append(sum(one.untyped_storage().nbytes() for one in held.values()))
+        del y
+    assert (kept[1] < 0.7 * kept[0]) if fewer else (kept[1] <= kept[0])
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])

@@ -1,10 +1,10 @@
-"""RMSNorm with a frozen weight, in fewer passes over its input and with less kept for the backward.
+"""RMSNorm with a frozen weight, in fewer passes over its input.
 
     y = w * x r,    r = 1 / sqrt(mean(x^2) + eps)
     grad x = r (w * grad y) - x r^3 mean(x * w * grad y)
 
-transformers writes it operation by operation: six passes forward, eight backward, and three tensors kept. Here x and r
-are kept. The same numbers to rounding (tests/test_lean_blocks.py).
+transformers writes it operation by operation: six passes forward and eight backward; in half precision it keeps copies
+in fp32. Here x and r are kept, as they are. The same numbers to rounding (tests/test_lean_blocks.py).
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ class TrainingSettings:
     `read_ahead` reads the prompts once before a stage of several epochs, where routers read the base alone; false reads
     them in each step.
 
-    `lean_norms` lets frozen RMSNorms, and `lean_activations` blocks of silu(gate) * up, be computed in fewer passes and
-    with less kept for the backward, where the base has such (it is tried). With lean norms sums differ in their last
-    bits. Neither has an effect under `torch_compile`.
+    `lean_norms` computes frozen RMSNorms in fewer passes, sums then differ in their last bits; `lean_activations`
+    keeps less of blocks of silu(gate) * up for the backward, with the same numbers. Both where the base has such (it is
+    tried), and neither under `torch_compile`.
 
     `head_chunk` rows of the language-model head are worked out at a time, where it is an ordinary linear; 0 asks the
     model for all logits. Sums then differ in their last bits.

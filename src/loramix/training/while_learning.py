@@ -1,4 +1,4 @@
-"""What of a model is computed otherwise while it learns: the same numbers to rounding, in less time and memory."""
+"""What of a model is computed otherwise while it learns: the same numbers to rounding, in less time or memory."""
 
 from __future__ import annotations
 
