@@ -31,6 +31,7 @@ from loramix.models import load_skeleton
 from loramix.planning.dry_run import dry_run
 from loramix.planning.plan import EFFICIENCY, checkpoint_layers, gemm_rate, memory
 from loramix.training.settings import TrainingSettings
+from loramix.training.while_learning import while_learning
 
 ROWS, LENGTH = 2, 256
 
@@ -81,7 +82,8 @@ def row(name: str, step: TrainingStep, measured: float, rate: float, settings: T
     checkpoint_layers(model, settings)
     told = router is not None and router.settled_by != "nothing"
     tokens, learned = ROWS * LENGTH, ROWS * LENGTH // 2
-    dry = dry_run(model, tokens, learned, LENGTH, settings.head_chunk, told, by_row=True)
+    with while_learning(model, settings, apart=False):
+        dry = dry_run(model, tokens, learned, LENGTH, settings.head_chunk, told, by_row=True)
     sizes = memory(dry, model, settings, tokens, 0.5, several=False)
     predicted = sizes["activations"] / 2**20  # weights and Adam's state were there before
     seconds = dry.flops / (rate * EFFICIENCY)

@@ -20,10 +20,10 @@ from loramix.data.collation import Collator, Example
 from loramix.data.padding_free import PaddingFreeCollator
 from loramix.data.prompts import Encoded
 from loramix.methods import METHODS
-from loramix.models.segment_attention import segment_attention
 from loramix.training.arguments import training_arguments
 from loramix.training.settings import TrainingSettings
 from loramix.training.trainer import MixtureTrainer
+from loramix.training.while_learning import while_learning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +78,10 @@ class TrainingStep:
         base: frozen; its weights are shared.
         point: method and sizes.
         examples: the batch; random ones by default.
-        tokens_at_once: the training setting.
+        training: settings other than the defaults.
     """
 
-    def __init__(
-        self, base: Any, point: Point, examples: Sequence[Example] | None = None, tokens_at_once: int = -1
-    ) -> None:
+    def __init__(self, base: Any, point: Point, examples: Sequence[Example] | None = None, **training: Any) -> None:
         method = METHODS[point.method]
         names = [f"d{number}" for number in range(point.experts)]
         given: dict[str, Any] = {"experts": ["mixed"] if method.expert_count == "one" else names}
@@ -103,7 +101,7 @@ class TrainingStep:
         self.model = get_peft_model(shared_copy(base), config).train()
         self.examples = list(examples or examples_of(point, base.config.vocab_size))
         self.collator = PaddingFreeCollator() if point.padding_free else Collator(0)
-        settings = TrainingSettings(max_steps=1, tokens_at_once=tokens_at_once)
+        settings = TrainingSettings(max_steps=1, padding_free=point.padding_free, **training)
         with TemporaryDirectory() as folder:  # the trainer asks for one, and writes nothing there
             self.trainer = MixtureTrainer(
                 self.model,
@@ -114,6 +112,8 @@ class TrainingStep:
                 train_dataset=[0],
             )
         self.optimizer = self.trainer.create_optimizer()
+        self._changed = while_learning(self.model, settings, apart=True)  # as long as the step lives, as for a stage
+        self._changed.__enter__()
 
     def batch(self) -> dict[str, Any]:
         """Returns the batch, collated anew."""
@@ -123,8 +123,7 @@ class TrainingStep:
     def learn(self, batch: dict[str, Any]) -> None:
         """Forward, losses, backward."""
         batches, _ = self.trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
-        with segment_attention(self.model):
-            self.trainer.training_step(self.model, batches[0])
+        self.trainer.training_step(self.model, batches[0])
 
     def update(self) -> None:
         """The optimizer's part."""

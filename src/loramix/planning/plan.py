@@ -22,6 +22,7 @@ from loramix.planning.dry_run import DryRun, dry_run
 from loramix.settings import Experiment
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import bound_of
+from loramix.training.while_learning import while_learning
 
 EFFICIENCY = 0.71
 """Share of the GEMM rate that steps reached on the built-in base; benchmarks/plan_error.py says how far off it is."""
@@ -144,11 +145,12 @@ def _planned(experiment: Experiment, training: _Training, examples: Sequence[Exa
     by_row = settings.padding_free and not torch.accelerator.is_available()
     row = round(sum(lengths) / len(lengths))
     run = partial(dry_run, model, longest, max(1, round(longest * learned)), row, settings.head_chunk, told, by_row)
-    seen = run(later=several)
-    flops = seen.flops / longest * tokens
-    if told and settings.read_ahead and tokens > sum(lengths):  # prompts are read once, not in every epoch
-        every_time, seen = seen, run(ahead=True, later=several)
-        flops = (seen.flops * tokens + (every_time.flops - seen.flops) * sum(lengths)) / longest
+    with while_learning(model, settings, apart=False):  # attention is the dry run's own
+        seen = run(later=several)
+        flops = seen.flops / longest * tokens
+        if told and settings.read_ahead and tokens > sum(lengths):  # prompts are read once, not in every epoch
+            every_time, seen = seen, run(ahead=True, later=several)
+            flops = (seen.flops * tokens + (every_time.flops - seen.flops) * sum(lengths)) / longest
     return StagePlan(
         stage=training.stage,
         parameters=seen.parameters,

@@ -33,6 +33,10 @@ class TrainingSettings:
     `shared_inputs` works modules out together that read the same input (q, k, v; gate, up): one product for all their
     experts' A, one gradient of that input, one dropout mask. Sums differ in their last bits, dropout in what it drops.
 
+    `lean_norms` computes frozen RMSNorms in fewer passes, sums then differ in their last bits; `lean_activations`
+    keeps less of blocks of silu(gate) * up for the backward, with the same numbers. Both where the base has such (it is
+    tried), and neither under `torch_compile`.
+
     `head_chunk` rows of the language-model head are worked out at a time, where it is an ordinary linear; 0 asks the
     model for all logits. Sums then differ in their last bits.
 
@@ -63,6 +67,8 @@ class TrainingSettings:
     tokens_at_once: int = -1
     read_ahead: bool = True
     shared_inputs: bool = True
+    lean_norms: bool = True
+    lean_activations: bool = True
     bf16: bool = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"

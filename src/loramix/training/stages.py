@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from loramix.checkpoints.store import Checkpoint
 from loramix.data.collation import Collator, Example
 from loramix.data.mixing import MixtureSampler
 from loramix.data.padding_free import PaddingFreeCollator
-from loramix.models.segment_attention import keeps_segments_apart, segment_attention
+from loramix.models.segment_attention import keeps_segments_apart
 from loramix.training.arguments import training_arguments
 from loramix.training.keeper import PutBackSums, StageKeeper
 from loramix.training.progress import TrainingProgress
@@ -26,7 +26,7 @@ from loramix.training.reading_ahead import read_ahead
 from loramix.training.settings import TrainingSettings
 from loramix.training.stopping import StopAtStepEnd
 from loramix.training.trainer import MixtureTrainer
-from loramix.tuner.shared_inputs import shared_inputs
+from loramix.training.while_learning import while_learning
 
 
 def train_stage(
@@ -81,7 +81,7 @@ def train_stage(
         batch_size=settings.per_device_train_batch_size,
         seed=settings.seed,
     )
-    collator, forms = layout(model, settings, pad_token_id)
+    collator, changed = layout(model, settings, pad_token_id)
     states = read_ahead(model, everything, settings, processes.count(), pad_token_id)
     trainer = MixtureTrainer(
         model,
@@ -97,17 +97,17 @@ def train_stage(
         prompt_states=states,
         say=lambda line: console.print(f"{title}: {line}", highlight=False, soft_wrap=True),
     )
-    return run(trainer, forms, title=title, log_file=log_file, console=console)
+    return run(trainer, changed, title=title, log_file=log_file, console=console)
 
 
 def run(
-    trainer: MixtureTrainer, forms: AbstractContextManager[None], *, title: str, log_file: Path, console: Console
+    trainer: MixtureTrainer, changed: AbstractContextManager[None], *, title: str, log_file: Path, console: Console
 ) -> dict[str, Any]:
     """Lets a trainer train, from its newest checkpoint on where there is one, and returns what was seen.
 
     Args:
         trainer: ready to train.
-        forms: of the model, under which its batches are learned, from `layout`.
+        changed: what of the model is computed otherwise meanwhile, from `layout`.
         title, log_file, console: as of `train_stage`, which also says what is returned and raised.
     """
     keeper, model = trainer.keeper, trainer.model
@@ -120,7 +120,7 @@ def run(
     trainer.add_callback(stop)
     if found is not None:
         trainer.add_callback(PutBackSums(trainer, found.folder))
-    with stop, forms:
+    with stop, changed:
         done = trainer.train(resume_from_checkpoint=str(found.folder) if found is not None else None)
     stop.raise_if_stopped(title, done.global_step, trainer.state.max_steps, saved=keeper is not None)
     trainer.end_well()
@@ -148,24 +148,16 @@ def numbered(examples: Iterable[Example]) -> list[Example]:
 def layout(
     model: nn.Module, settings: TrainingSettings, pad_token_id: int
 ) -> tuple[Collator | PaddingFreeCollator, AbstractContextManager[None]]:
-    """Returns what puts rows into a batch, and the forms of the model under which such batches are learned.
+    """Returns what puts rows into a batch, and what of the model is computed otherwise while such batches are learned.
 
     Args:
         model: to be trained.
         settings: of the stage.
         pad_token_id: of the base.
     """
-    if settings.padding_free and keeps_segments_apart(model):
-        return PaddingFreeCollator(), _forms(segment_attention(model), shared_inputs(model, settings.shared_inputs))
-    return Collator(pad_token_id), _forms(shared_inputs(model, settings.shared_inputs))
-
-
-@contextmanager
-def _forms(*forms: AbstractContextManager[None]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for form in forms:
-            stack.enter_context(form)
-        yield
+    apart = settings.padding_free and keeps_segments_apart(model)
+    collator = PaddingFreeCollator() if apart else Collator(pad_token_id)
+    return collator, while_learning(model, settings, apart)
 
 
 def _begin(keeper: StageKeeper | None, title: str, console: Console) -> Checkpoint | None:

@@ -73,7 +73,7 @@ def train_in_one_batch(
         max_steps=len(together),
         max_grad_norm=0.0,  # each expert's is clipped by itself
     )
-    collator, forms = layout(model, settings, pad_token_id)
+    collator, changed = layout(model, settings, pad_token_id)
     trainer = MixtureTrainer(
         model,
         settings=one_batch,
@@ -88,7 +88,7 @@ def train_in_one_batch(
     )
     own = OwnSteps(trainer, settings, list(examples), steps)
     trainer.optimizer, trainer.lr_scheduler = own.optimizer, own.schedule
-    seen = run(trainer, forms, title=title, log_file=log_file, console=console)
+    seen = run(trainer, changed, title=title, log_file=log_file, console=console)
     tokens = [sum(example.length for step in part for example in step) for part in alone]
     return [
         {
