@@ -65,7 +65,8 @@ def test_rows_without_padding_take_it(monkeypatch: pytest.MonkeyPatch):
             patched.setattr(f"{place}.half_attention", lambda *given: asked.append(1) or true(*given))
             if not halves:
                 patched.setattr(f"{place}.attends_in_halves", lambda *_: False)
-            model = cases.build("lora", tiny.llama(layers=2).bfloat16())
+            model = cases.build("lora", tiny.llama(layers=2))
+            tiny.in_halves(model)
             with segment_attention(model):
                 found.append(learned(model, PaddingFreeCollator()(examples()), {}))
         assert len(asked) == 4 * 2, "four rows, two layers"
