@@ -27,20 +27,24 @@ from loramix.routing import Routing
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that all forms share: E, R, K (of sparse ones) and the factor of the delta."""
+    """Sizes that all forms share: E, R, K (of sparse ones), the factor of the delta, and the dropout on the experts'
+    input."""
 
     experts: int
     rank: int
     top_k: int = 2
     scaling: float = 2.0
+    dropout: float = 0.0
 
 
 class Experts(nn.Module):
-    """LoRA experts of one linear, each matrix a module of its own; `shared_down` has one A for all."""
+    """LoRA experts of one linear, each matrix a module of its own; `shared_down` has one A for all. Dropout draws anew
+    for each expert, on the tokens that it is given (loramix draws once for all experts of a module)."""
 
     def __init__(self, frozen: nn.Linear, experts: int, shape: Shape, shared_down: bool = False) -> None:
         super().__init__()
         self.scaling = shape.scaling
+        self.dropout = nn.Dropout(shape.dropout) if shape.dropout > 0 else nn.Identity()
         downs = 1 if shared_down else experts
         self.lora_A = nn.ModuleList(nn.Linear(frozen.in_features, shape.rank, bias=False) for _ in range(downs))
         self.lora_B = nn.ModuleList(nn.Linear(shape.rank, frozen.out_features, bias=False) for _ in range(experts))
@@ -51,9 +55,9 @@ class Experts(nn.Module):
         return len(self.lora_B)
 
     def forward(self, expert: int, x: Tensor) -> Tensor:
-        """Returns s B_e A_e x; a shared A runs again for each expert, as HydraLoRA writes it."""
+        """Returns s B_e A_e dropout(x); a shared A runs again for each expert, as HydraLoRA writes it."""
         down = self.lora_A[expert % len(self.lora_A)]
-        return self.lora_B[expert](down(x)) * self.scaling
+        return self.lora_B[expert](down(self.dropout(x))) * self.scaling
 
 
 class Mixture(nn.Module):
@@ -114,7 +118,7 @@ class LoopIndexAdd(MixedLinear):
         delta_NO = x_NI.new_zeros(len(x_NI), y_BTO.shape[-1])
         for expert, (choices, tokens) in enumerate(self.tokens_by_expert(ids_NK)):
             out_MO = self.experts(expert, x_NI[tokens]) * weights_NK[tokens, choices, None]
-            delta_NO.index_add_(0, tokens, out_MO)
+            delta_NO.index_add_(0, tokens, out_MO.to(delta_NO.dtype))  # they differ under autocast
         return y_BTO + delta_NO.view(y_BTO.shape)
 
 

@@ -17,6 +17,12 @@ PARTS = ("base GEMM", "attention", "head", "adapter", "router", "base, other", "
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm"}
 OURS = {"loramix.experts": "adapter", "loramix.losses": "head"}
 """Parts by the module whose autograd functions run in them."""
+PLACES = {
+    "loramix_bank": ("adapter", ("forward", "expand", "contract", "each_output", "sampled_outputs")),
+    "loramix_router": ("router", ("forward", "pool")),
+}
+"""Parts by the modules that run in them, and what is called of these. In autocast there is not always a function of
+ours around the experts, and they and the routers have casts of their own: no shape would tell these from the base's."""
 
 
 class Stopwatch(TorchDispatchMode):
@@ -28,12 +34,17 @@ class Stopwatch(TorchDispatchMode):
 
     Attributes:
         seconds: by part.
+        inside: of which part is the function of ours that is running, the innermost last.
+        calling: of which part is the module of ours that is running, likewise.
+        made: of which part each autograd node is that our modules made, by the node's number.
     """
 
     def __init__(self, step: TrainingStep, base: Any) -> None:
         super().__init__()
         self.seconds: Counter[str] = Counter()
         self.inside: list[str] = []
+        self.calling: list[str] = []
+        self.made: dict[int, str] = {}
         self._weights, self._words = base_shapes(base), base.config.vocab_size
         self._experts = {bank.num_experts for bank in banks(step)} - {1}
 
@@ -61,7 +72,14 @@ class Stopwatch(TorchDispatchMode):
         routed = any(
             one[-1:] and one[-1] in self._experts and len(one) - (one[0] == 1) == 2 for one in [*shapes, *made]
         )
-        return "router" if routed or name in ("aten::topk", "aten::_softmax") else "base, other"
+        return "router" if routed or name in ("aten::topk", "aten::_softmax") else self._place()
+
+    def _place(self) -> str:
+        """Returns the part whose modules are running, or made the autograd node that is running."""
+        if self.calling:
+            return self.calling[-1]
+        node = torch._C._current_autograd_node()
+        return self.made.get(node._sequence_nr(), "base, other") if node is not None else "base, other"
 
 
 @contextmanager
@@ -78,6 +96,39 @@ def named_functions(watch: Stopwatch) -> Iterator[None]:
     finally:
         for function, way, true in changed:
             setattr(function, way, true)
+
+
+@contextmanager
+def known_places(watch: Stopwatch, model: nn.Module) -> Iterator[None]:
+    """Lets a stopwatch know which of our modules is running, and which nodes of the backward it made; the modules are
+    as they were afterwards."""
+    changed: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        for attribute, (part, names) in PLACES.items():
+            for own in getattr(module, attribute, {}).values():
+                for name in names:
+                    if hasattr(own, name):
+                        own.__dict__[name] = _noting(watch, part, getattr(own, name))
+                        changed.append((own, name))
+    try:
+        yield
+    finally:
+        for own, name in changed:
+            del own.__dict__[name]
+
+
+def _noting(watch: Stopwatch, part: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        watch.calling.append(part)
+        first = torch.autograd._get_sequence_nr()
+        try:
+            return run(*args, **kwargs)
+        finally:
+            watch.calling.pop()
+            for number in range(first, torch.autograd._get_sequence_nr()):
+                watch.made.setdefault(number, part)  # the innermost returns first
+
+    return noted
 
 
 def _within(inside: list[str], part: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +160,7 @@ def parts_of(step: TrainingStep, base: Any) -> dict[str, float]:
     batch = step.batch()
     data = time.thread_time() - begun
     watch = Stopwatch(step, base)
-    with named_functions(watch), watch:
+    with named_functions(watch), known_places(watch, step.model), watch:
         step.learn(batch)
     begun = time.thread_time()
     step.update()

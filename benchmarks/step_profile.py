@@ -1,25 +1,29 @@
 """Where does a training step's time and memory go, and how far is it from the machine's limit?
 
     OMP_NUM_THREADS=1 python benchmarks/step_profile.py [--rounds 3] [--json] [--out FILE] [--plot FILE.svg]
+    OMP_NUM_THREADS=1 python benchmarks/step_profile.py --bf16 --dropout 0.05
 
-The built-in base in fp32, eight experts of rank 8 on all linear layers, rows of mixed lengths without padding, as
-`loramix train` takes a step. Each operation, forward and backward, is timed in the thread's CPU time, and told apart by
-its shapes and by which of our autograd functions it ran in:
+The built-in base, eight experts of rank 8 on all linear layers, rows of mixed lengths without padding, as
+`loramix train` takes a step. Everything is fp32; with --bf16 the base's weights are bfloat16 and the forward runs in
+autocast, as `dtype: bfloat16` and `bf16: true` have it, while the weights of experts and routers and AdamW's state stay
+fp32. --dropout is the experts' on their input (0 by default). Each operation, forward and backward, is timed in the
+thread's CPU time, and told apart by its shapes and by which of our autograd functions and modules it, or its forward,
+ran in:
 
     base GEMM    products with the frozen weights of the linear layers, forward and backward
     attention    scaled_dot_product_attention, forward and backward
     head         last states to loss, and the gradient back to them
-    adapter      all other work in the experts' functions
-    router       what has as many columns as there are experts, top-k, softmax
+    adapter      all other work in the experts, their dropout and casts among it
+    router       the routers, and what has as many columns as there are experts, top-k, softmax
     base, other  element by element: norms, rotary positions, activations, residuals
     optimizer    AdamW
     data         putting the batch together
     framework    what a step that nothing watches takes beside its operations (Python, autograd), never below 0
 
 The limit is the step's FLOPs, counted with all products and half of each attention's square, over the GEMM rate
-measured in turns with the steps on the base's own shapes. `saved` is what the forward keeps for the backward, weights
-left out, each storage once, by the module that was running when it was kept. (Not named profile.py: Python's own
-cProfile would import that instead of its `profile`.)
+measured in turns with the steps on the base's own shapes, in the base's type. `saved` is what the forward keeps for the
+backward, weights left out, each storage once, by the module that was running when it was kept. (Not named profile.py:
+Python's own cProfile would import that instead of its `profile`.)
 """
 
 from __future__ import annotations
@@ -58,19 +62,22 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--layers", type=int, default=0, help="the first layers of the base only; 0 for all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true", help="base in bfloat16, products in autocast")
+    parser.add_argument("--dropout", type=float, default=0.0, help="on the experts' input")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="a picture of the shares")
     asked = parser.parse_args()
     quiet_libraries()
-    base = first_layers(load_base(), asked.layers)
+    base = first_layers(load_base(dtype="bfloat16" if asked.bf16 else "float32"), asked.layers)
     words = base.config.vocab_size
     rows = [one for length in LENGTHS for one in examples_of(Point(method="lora", rows=1, length=length), words)]
     for place, row in enumerate(rows):
         object.__setattr__(row, "domain_id", place)
     found = []
     for method in asked.methods:
-        found.append(profiled(TrainingStep(base, Point(method=method), rows), method, base, asked.rounds))
+        point = Point(method=method, dropout=asked.dropout, bf16=asked.bf16)
+        found.append(profiled(TrainingStep(base, point, rows), method, base, asked.rounds))
         if not asked.json:
             show(found[-1])
     report = {
@@ -79,6 +86,8 @@ def main() -> int:
         "threads": torch.get_num_threads(),
         "lengths": LENGTHS,
         "layers": base.config.num_hidden_layers,
+        "bf16": asked.bf16,
+        "dropout": asked.dropout,
         "rows": found,
     }
     text = json.dumps(report, indent=2)
@@ -92,10 +101,11 @@ def main() -> int:
 
 
 def gemm_rate(base: Any, tokens: int) -> float:
-    """Returns the best FLOP/s of one product on the shapes of the base's linear layers, in the thread's CPU time."""
+    """Returns the best FLOP/s of one product on the shapes of the base's linear layers, in the base's type and the
+    thread's CPU time."""
     best = 0.0
     for outputs, inputs in sorted(base_shapes(base)):
-        x, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
+        x, weight = (torch.randn(size, inputs, dtype=base.dtype) for size in (tokens, outputs))
         for _ in range(3):
             begun = time.thread_time()
             for _ in range(4):

@@ -28,7 +28,8 @@ from loramix.training.while_learning import while_learning
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What is trained: a method and its sizes, and the batch."""
+    """What is trained: a method and its sizes, and the batch. `dropout` is the experts' on their input; `bf16` is the
+    training setting (autocast), for a base in bfloat16."""
 
     method: str
     experts: int = 8
@@ -38,6 +39,8 @@ class Point:
     rows: int = 4
     length: int = 256
     padding_free: bool = True
+    dropout: float = 0.0
+    bf16: bool = False
 
 
 def examples_of(point: Point, words: int) -> list[Example]:
@@ -74,6 +77,9 @@ def first_layers(base: Any, layers: int) -> Any:
 class TrainingStep:
     """A method on a base, ready to take steps on one batch.
 
+    With `point.bf16` the model's forward runs in autocast and returns fp32, as accelerate prepares it for a Trainer;
+    the losses outside of it run in the types they are given. Experts and routers keep fp32 weights (PEFT's default).
+
     Args:
         base: frozen; its weights are shared.
         point: method and sizes.
@@ -93,7 +99,7 @@ class TrainingStep:
             method=point.method,
             r=point.rank,
             lora_alpha=2 * point.rank,
-            lora_dropout=0.0,
+            lora_dropout=point.dropout,
             target_modules=list(TARGETS[point.targets]),
             **given,
         )
@@ -101,7 +107,7 @@ class TrainingStep:
         self.model = get_peft_model(shared_copy(base), config).train()
         self.examples = list(examples or examples_of(point, base.config.vocab_size))
         self.collator = PaddingFreeCollator() if point.padding_free else Collator(0)
-        settings = TrainingSettings(max_steps=1, padding_free=point.padding_free, **training)
+        settings = TrainingSettings(max_steps=1, padding_free=point.padding_free, bf16=point.bf16, **training)
         with TemporaryDirectory() as folder:  # the trainer asks for one, and writes nothing there
             self.trainer = MixtureTrainer(
                 self.model,
@@ -111,6 +117,9 @@ class TrainingStep:
                 args=training_arguments(settings, folder),
                 train_dataset=[0],
             )
+        if point.bf16:
+            # No Trainer.train() prepares the model here, and without that nothing would run in autocast.
+            self.trainer.accelerator.prepare_model(self.model)
         self.optimizer = self.trainer.create_optimizer()
         self._changed = while_learning(self.model, settings, apart=True)  # as long as the step lives, as for a stage
         self._changed.__enter__()
