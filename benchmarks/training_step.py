@@ -39,6 +39,7 @@ class Point:
     rows: int = 4
     length: int = 256
     padding_free: bool = True
+    backend: str = "auto"
     dropout: float = 0.0
     bf16: bool = False
 
@@ -100,6 +101,7 @@ class TrainingStep:
             r=point.rank,
             lora_alpha=2 * point.rank,
             lora_dropout=point.dropout,
+            **({} if point.method == "lora" else {"backend": point.backend}),
             target_modules=list(TARGETS[point.targets]),
             **given,
         )
