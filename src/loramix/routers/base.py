@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from loramix.routing import Call, Level, Routing
 
@@ -67,11 +66,6 @@ class RouterConfig(Protocol):
     def build(self, site: Site) -> nn.Module: ...
 
     def problems(self, fewest_experts: int) -> list[str]: ...
-
-
-def token_logits(x_BTI: Tensor, w_EI: Tensor) -> Tensor:
-    """Returns the scores of each token in fp32, (N, E)."""
-    return F.linear(x_BTI.reshape(-1, x_BTI.shape[-1]).float(), w_EI.float())
 
 
 def top_k_problems(top_k: int, fewest_experts: int) -> list[str]:

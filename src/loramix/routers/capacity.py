@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loramix.routers.base import SettledBy, Site, new_weight, token_logits, top_k_problems
+from loramix.routers.base import SettledBy, Site, new_weight, top_k_problems
+from loramix.routers.scores import token_logits
 from loramix.routing import Call, Level, Routing
 
 

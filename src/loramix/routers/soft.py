@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from loramix.routers.base import SettledBy, Site, new_weight, token_logits
+from loramix.routers.base import SettledBy, Site, new_weight
+from loramix.routers.scores import token_logits
 from loramix.routing import Call, Level, Routing
 
 

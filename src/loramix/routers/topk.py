@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loramix.routers.base import SettledBy, Site, new_weight, token_logits, top_k_problems
+from loramix.routers.base import SettledBy, Site, new_weight, top_k_problems
+from loramix.routers.scores import token_logits
 from loramix.routing import Call, Level, Routing
 
 WEIGHTINGS = ("renormalised", "probability", "one")
