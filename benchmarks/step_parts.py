@@ -18,7 +18,7 @@ PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddb
 OURS = {"loramix.experts": "adapter", "loramix.losses": "head"}
 """Parts by the module whose autograd functions run in them."""
 PLACES = {
-    "loramix_bank": ("adapter", ("forward", "expand", "contract", "each_output", "sampled_outputs")),
+    "loramix_bank": ("adapter", ("expand", "contract", "each_output", "sampled_outputs")),
     "loramix_router": ("router", ("forward", "pool")),
 }
 """Parts by the modules that run in them, and what is called of these. In autocast there is not always a function of
@@ -104,6 +104,9 @@ def known_places(watch: Stopwatch, model: nn.Module) -> Iterator[None]:
     as they were afterwards."""
     changed: list[tuple[nn.Module, str]] = []
     for module in model.modules():
+        if hasattr(module, "loramix_bank"):  # its experts and those of modules that it runs for
+            module.__dict__["_added"] = _noting(watch, "adapter", module._added)
+            changed.append((module, "_added"))
         for attribute, (part, names) in PLACES.items():
             for own in getattr(module, attribute, {}).values():
                 for name in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -123,8 +124,9 @@ class TrainingStep:
             # No Trainer.train() prepares the model here, and without that nothing would run in autocast.
             self.trainer.accelerator.prepare_model(self.model)
         self.optimizer = self.trainer.create_optimizer()
-        self._changed = while_learning(self.model, settings, apart=True)  # as long as the step lives, as for a stage
-        self._changed.__enter__()
+        changed = while_learning(self.model, settings, apart=True)  # as long as the step lives, as for a stage
+        changed.__enter__()
+        weakref.finalize(self, changed.__exit__, None, None, None)
 
     def batch(self) -> dict[str, Any]:
         """Returns the batch, collated anew."""

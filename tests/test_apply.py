@@ -18,6 +18,7 @@ from loramix.experts.faster import Shape
 from loramix.experts.fused import Layer, can_fuse, fused
 from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
+from loramix.segments import Segments
 from tests.reference import mixture_delta
 
 SHARES = ("nothing", "down", "up")
@@ -101,6 +102,30 @@ def _agree(one, other, given, **near):
     ]
     for left, right in zip(*slopes, strict=True):
         torch.testing.assert_close(left, right, **near)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_grouped_under_autocast_is_in_its_type(share):
+    tensors, routing = _case(3, 7, (16, 8), 5, 8, 2, "token", share, torch.float32)
+    expected = _outcome(loop, tensors, routing)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _outcome(grouped, tensors, routing)
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == torch.float32, "what was given in fp32 comes back so"
+        torch.testing.assert_close(got, wanted, rtol=0, atol=3e-2 * wanted.abs().max().item())
+    assert not torch.equal(found[0], expected[0]), "it was in 16 bits"
+
+
+@pytest.mark.parametrize("rows", ["in autocast", "in fp32"])
+def test_rows_of_narrow_experts_go_by_channel_in_autocast(rows):
+    """In 16 bits many small products cost more than all experts' channels for every token."""
+    mask, segments = torch.ones(2, dtype=torch.bool), Segments.between(torch.tensor([0, 3, 8]), 8)
+    routing = Routing(torch.tensor([[1], [0]]), torch.ones(2, 1), None, "sequence", mask, segments=segments)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rows == "in autocast"):
+        assert choose("auto", routing, torch.empty(8, 8, 16), torch.empty(8, 16, 8)) == (
+            "concat" if rows == "in autocast" else "per_sequence"
+        )
+        assert choose("auto", routing, torch.empty(16, 8, 16), torch.empty(16, 16, 8)) == "per_sequence"
 
 
 @pytest.mark.parametrize("share", SHARES)

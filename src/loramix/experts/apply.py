@@ -20,12 +20,16 @@ from torch import Tensor
 from loramix.experts.by_channel import add_up, gated
 from loramix.experts.by_segment import by_segment
 from loramix.experts.faster import Apply, Shape, fastest
+from loramix.experts.fused import product_types
 from loramix.experts.grouped import fits, grouped
 from loramix.routing import Routing
 
 CONCAT_UP_TO = 192
 """E * R up to which all experts' channels for every token cost less than sorting tokens by expert, where that is not
 measured. Found on a processor at top 2 (benchmarks/step_cost.py): even at 128 to 256."""
+ROWS_FROM = 128
+"""E * R from which, in autocast on a processor, rows go through their own experts one by one: below, all experts'
+channels for every token cost less than many small products in 16 bits (at 64: 0.83 of the step; docs/log.md)."""
 MEASURED = range(65, 4097)
 """E * R between which either may be the faster one (on GPUs peers' figures put the crossing at 300 to 1600)."""
 
@@ -101,27 +105,32 @@ def per_sequence(
 BACKENDS: dict[str, Apply] = {"loop": loop, "concat": concat, "per_sequence": per_sequence, "grouped": grouped}
 
 
+def _narrow_in_autocast(width: int) -> bool:
+    return width < ROWS_FROM and torch.is_autocast_enabled("cpu")
+
+
 def choose(backend: str, routing: Routing, A_ERI: Tensor, B_EOR: Tensor) -> str:
     """Returns the name of the backend for these experts and this routing.
 
-    "auto": `per_sequence` where a sequence has fewer experts than there are (on a processor only where rows lie one
-    after the other: elsewhere their tokens are routed one by one); where each token has few experts and grouped_mm
-    takes the sizes, `concat` for narrow experts, `grouped` for wide ones, and between what was measured to be faster on
-    this device (docs/decisions/0004-apply-backends.md).
+    "auto": `per_sequence` where a sequence has fewer experts than there are (rows that lie one after the other: on a
+    processor only, and in autocast with wide experts only; elsewhere their tokens are routed one by one); where each
+    token has few experts and grouped_mm takes the sizes, `concat` for narrow experts, `grouped` for wide ones, and
+    between what was measured to be faster on this device (docs/decisions/0004-apply-backends.md).
     """
     if backend != "auto":
         return backend
     num_experts, rank = max(A_ERI.shape[0], B_EOR.shape[0]), A_ERI.shape[1]
     chosen = routing.weights.shape[1]
     # Rows that lie one after the other are gone through one by one, which an accelerator would wait for.
-    by_rows = routing.segments is None or A_ERI.device.type == "cpu"
+    by_rows = routing.segments is None or (A_ERI.device.type == "cpu" and not _narrow_in_autocast(num_experts * rank))
     if routing.level == "sequence" and by_rows:
         return "per_sequence" if chosen < num_experts else "concat"
-    sparse = chosen * 4 <= num_experts and fits(rank, A_ERI.shape[2], B_EOR.shape[1], A_ERI.dtype)
+    dtype = product_types(A_ERI, A_ERI).experts
+    sparse = chosen * 4 <= num_experts and fits(rank, A_ERI.shape[2], B_EOR.shape[1], dtype)
     if not sparse or torch.compiler.is_compiling():
         return "concat"
     width, faster = num_experts * rank, None
     if width in MEASURED and not A_ERI.is_meta:
-        shape = Shape(str(A_ERI.device), str(A_ERI.dtype), tuple(A_ERI.shape), tuple(B_EOR.shape), chosen)
+        shape = Shape(str(A_ERI.device), str(dtype), tuple(A_ERI.shape), tuple(B_EOR.shape), chosen)
         faster = fastest(shape, (("concat", concat), ("grouped", grouped)))
     return faster or ("grouped" if width > CONCAT_UP_TO else "concat")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from loramix.experts.fused import product_types
 from loramix.routing import ExpertOrder, Routing
 
 
@@ -34,16 +35,17 @@ def rank_step(dtype: torch.dtype) -> int:
 def grouped(y_BTO: Tensor, x_BTI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing: Routing, scaling: float) -> Tensor:
     """Apply by grouped GEMMs; a token routing. Arguments and result as in `experts.apply`.
 
-    Under autocast it works in the experts' own type, since autocast knows nothing of grouped_mm.
+    Autocast knows nothing of grouped_mm, so its type is told: products are in it where it is on.
     """
     out, inputs = y_BTO.shape[-1], x_BTI.shape[-1]
     routing = routing.by_token()
     order = routing.order(max(A_ERI.shape[0], B_EOR.shape[0]))
     weights_M = routing.weights.to(x_BTI.dtype).flatten()[order.sorted_M]
+    low = product_types(x_BTI, A_ERI).experts
     kind = "cpu" if x_BTI.is_meta else x_BTI.device.type  # shapes alone know no autocast
     with torch.autocast(kind, enabled=False):
         added_NO: Tensor = _Grouped.apply(  # type: ignore[no-untyped-call]
-            y_BTO.reshape(-1, out), x_BTI.reshape(-1, inputs), A_ERI, B_EOR, weights_M, order, scaling
+            y_BTO.reshape(-1, out), x_BTI.reshape(-1, inputs), A_ERI, B_EOR, weights_M, order, scaling, low
         )
     return added_NO.view(y_BTO.shape)
 
@@ -61,7 +63,10 @@ class _Grouped(torch.autograd.Function):
         weights_M: Tensor,
         order: ExpertOrder,
         scaling: float,
+        low: torch.dtype,
     ) -> Tensor:
+        given = x_NI, A_ERI, B_EOR, weights_M
+        x_NI, A_ERI, B_EOR, weights_M = (one.to(low) for one in given)
         if A_ERI.shape[0] == 1:
             code_MR = (x_NI @ A_ERI[0].T)[order.places_M]
         else:
@@ -73,16 +78,16 @@ class _Grouped(torch.autograd.Function):
             delta_NO = _gathered(
                 F.grouped_mm(weighted_MR, B_EOR.transpose(1, 2), offs=order.ends_E), order, y_NO.shape[0]
             )
-        ctx.save_for_backward(x_NI, A_ERI, B_EOR, weights_M, code_MR)
-        ctx.order, ctx.scaling = order, scaling
-        return delta_NO.add_(y_NO)
+        ctx.save_for_backward(*given, code_MR)
+        ctx.order, ctx.scaling, ctx.low = order, scaling, low
+        return delta_NO.add_(y_NO).to(y_NO.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, A_ERI, B_EOR, weights_M, code_MR = ctx.saved_tensors
+        x_NI, A_ERI, B_EOR, weights_M, code_MR = (one.to(ctx.low) for one in ctx.saved_tensors)
         order, scaling = ctx.order, ctx.scaling
-        grad_NO = grad_NO.contiguous()
+        given_NO, grad_NO = grad_NO, grad_NO.contiguous().to(ctx.low)
         scale_M1 = weights_M[:, None] * scaling
         weighted_MR = code_MR * scale_M1
         if B_EOR.shape[0] == 1:
@@ -102,7 +107,8 @@ class _Grouped(torch.autograd.Function):
         else:
             grad_A = F.grouped_mm(back_MR.T, x_NI[order.places_M], offs=order.ends_E)
             grad_x = _gathered(F.grouped_mm(back_MR, A_ERI, offs=order.ends_E), order, len(x_NI))
-        return grad_NO, grad_x, grad_A, grad_B, grad_weights_M, None, None
+        found = zip((grad_x, grad_A, grad_B, grad_weights_M), [one.dtype for one in ctx.saved_tensors[:4]], strict=True)
+        return given_NO, *(grad.to(kind) for grad, kind in found), None, None, None
 
 
 def _gathered(sorted_MX: Tensor, order: ExpertOrder, places: int) -> Tensor:
