@@ -25,7 +25,8 @@ from loramix.experiment import build
 from loramix.models.segment_attention import segment_attention
 from loramix.planning.dry_run import DryRun, dry_run
 from loramix.planning.flops import counting
-from loramix.planning.plan import checkpoint_layers, largest_part, memory
+from loramix.planning.layers_again import checkpoint_layers
+from loramix.planning.plan import largest_part, memory
 from loramix.segments import BORDERS
 from loramix.training.settings import TrainingSettings
 from loramix.training.supervised_loss import SupervisedLoss
