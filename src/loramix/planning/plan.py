@@ -18,6 +18,7 @@ from loramix.methods import method_named
 from loramix.models import load_skeleton
 from loramix.planning.dry_run import DryRun, dry_run
 from loramix.planning.few_layers import without_taught_routers
+from loramix.planning.kept_random import kept_random
 from loramix.planning.layers_again import checkpoint_layers
 from loramix.planning.seconds import Amount, Stopwatch, Work
 from loramix.settings import Experiment
@@ -81,7 +82,8 @@ def plan(experiment: Experiment, data: Encoded) -> list[StagePlan]:
     """
     everything = [one for part in data.train.values() for one in part]
     watch = Stopwatch(experiment, everything)
-    return [_planned(experiment, training, everything, watch) for training in _trainings(experiment, data)]
+    with kept_random():
+        return [_planned(experiment, training, everything, watch) for training in _trainings(experiment, data)]
 
 
 def _trainings(experiment: Experiment, data: Encoded) -> Iterator[_Training]:

@@ -10,6 +10,7 @@ from loramix.data.collation import Example
 from loramix.models import load_skeleton
 from loramix.planning.dry_run import DryRun
 from loramix.planning.few_layers import FewLayers
+from loramix.planning.kept_random import kept_random
 from loramix.planning.pace import Pace, measured
 from loramix.planning.product_speed import EFFICIENCY, gemm_rate
 from loramix.settings import Experiment
@@ -108,7 +109,8 @@ class Stopwatch:
         """Returns the pace, or why there is none."""
         try:
             few = FewLayers(self.experiment, work.config, self.layers, work.taught)
-            return measured(few, work.settings, self.examples, work.losses, work.ahead, whole, dry, in_dry)
+            with kept_random():
+                return measured(few, work.settings, self.examples, work.losses, work.ahead, whole, dry, in_dry)
         except Exception as error:  # whatever a base of a kind never seen does: a rough time is better than no plan
             why = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             return f"a rough guess from the speed of one product, since no steps of a few layers could be timed: {why}"
