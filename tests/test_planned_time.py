@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from functools import partial
@@ -68,7 +69,7 @@ def _seconds(base: str, config: LoramixConfig, tokens: float = 64, **work: Any) 
         dry_run, tokens=64, learned=40, row=LENGTH, head_chunk=8, told=config.method == "moa", by_row=True
     )
     with kept_random():
-        whole: DryRun = dry(get_peft_model(load_skeleton(base), config).train())
+        whole: DryRun = dry(get_peft_model(load_skeleton(base), copy.deepcopy(config)).train())
     given = Work(config, SETTINGS, {}, **{"taught": True, **work})
     return watch.seconds(given, Amount(tokens, tokens / 2, steps=tokens / 64), whole, dry, 64)
 

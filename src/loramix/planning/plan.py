@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,7 +143,8 @@ def _planned(experiment: Experiment, training: _Training, examples: Sequence[Exa
     longest = largest_part(settings, max(lengths))
     several = longest < settings.per_device_train_batch_size * settings.gradient_accumulation_steps * max(lengths)
     skeleton = load_skeleton(experiment.model_name_or_path).to(getattr(torch, experiment.dtype))
-    model = without_taught_routers(get_peft_model(skeleton, training.config).train(), training.taught)
+    config = copy.deepcopy(training.config)  # PEFT writes the modules it finds into it
+    model = without_taught_routers(get_peft_model(skeleton, config).train(), training.taught)
     checkpoint_layers(model, settings)
     router = method_named(training.config.method).router
     told = router is not None and router.settled_by != "nothing"
