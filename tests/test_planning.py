@@ -23,9 +23,11 @@ from loramix.data.prompts import Encoded
 from loramix.errors import ConfigError
 from loramix.experiment import build
 from loramix.models.segment_attention import segment_attention
+from loramix.planning import pace, timed_steps
 from loramix.planning.dry_run import DryRun, dry_run
 from loramix.planning.flops import counting
-from loramix.planning.plan import checkpoint_layers, largest_part, memory
+from loramix.planning.layers_again import checkpoint_layers
+from loramix.planning.plan import largest_part, memory
 from loramix.segments import BORDERS
 from loramix.training.settings import TrainingSettings
 from loramix.training.supervised_loss import SupervisedLoss
@@ -36,6 +38,13 @@ LENGTH, PROMPT, CHUNK = 96, 40, 8
 
 
 MANY = {"r": 8, "num_experts": 32, "backend": "grouped"}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step is timed once."""
+    monkeypatch.setattr(timed_steps, "MOST", 2)
+    monkeypatch.setattr(pace, "TURNS", 1)
 
 
 def _built(method: str, device: str, **other: Any) -> Any:
@@ -196,7 +205,7 @@ def test_the_command_says_what_training_will_take(tmp_path: Path):
     stages = json.loads(said.stdout)["plan"]
     names = ["3 experts, one after another", "control single_long: 3 experts, each trained on alone"]
     assert [stage["stage"] for stage in stages] == [*names, "control mixed: one LoRA on all domains", "joint"]
-    assert all(stage["seconds"] > 0 and stage["tokens"] > 0 for stage in stages)
+    assert all(stage["seconds"] > 0 and stage["tokens"] > 0 and stage["note"] == "" for stage in stages)
     once = _flops_per_token(file, "joint_stage.num_train_epochs=1", "joint_stage.max_steps=-1")
     often = _flops_per_token(file, "joint_stage.num_train_epochs=9", "joint_stage.max_steps=-1")
     in_each = _flops_per_token(

@@ -73,6 +73,7 @@ def planned(experiment: Experiment) -> list[StagePlan]:
 
 def show(stages: Sequence[StagePlan], console: Console) -> None:
     """Prints the plan as a table."""
+    import torch
     from rich.table import Table
 
     if not stages:
@@ -85,4 +86,10 @@ def show(stages: Sequence[StagePlan], console: Console) -> None:
         table.add_row(one.stage, *numbers, f"{one.flops_per_token / 1e6:,.0f}", *sizes, f"{one.seconds / 60:,.1f} min")
     console.print(table)
     console.print(f"# all training: {sum(one.seconds for one in stages) / 60:,.1f} min", highlight=False)
-    console.print("# time: on this machine, by the speed of its products now; docs/plan.md says how far off plans are")
+    for one in stages:
+        if one.note:
+            console.print(f"# time of {one.stage}: {one.note}", highlight=False, markup=False)
+    threads = torch.get_num_threads()
+    console.print(
+        f"# time: on this machine when nothing else runs on it ({threads} threads); docs/plan.md says how far off"
+    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,18 @@ from loramix.adapter_settings import adapter_config, together_config
 from loramix.budget import all_stages, expert_settings, joint_settings, longer, rows_learned
 from loramix.corpus import Encoded
 from loramix.data.collation import Example
-from loramix.errors import ConfigError
 from loramix.methods import method_named
 from loramix.models import load_skeleton
 from loramix.planning.dry_run import DryRun, dry_run
+from loramix.planning.few_layers import without_taught_routers
+from loramix.planning.kept_random import kept_random
+from loramix.planning.layers_again import checkpoint_layers
+from loramix.planning.seconds import Amount, Stopwatch, Work
 from loramix.settings import Experiment
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import bound_of
 from loramix.training.while_learning import while_learning
 
-EFFICIENCY = 0.71
-"""Share of the GEMM rate that steps reached on the built-in base; benchmarks/plan_error.py says how far off it is."""
 GRADIENT_BYTES, ADAM_BYTES = 4, 8
 """A gradient, and Adam's two moments, of each trained number, fp32."""
 
@@ -42,7 +43,9 @@ class StagePlan:
         flops_per_token: forward and backward.
         memory_bytes: the peak, by what holds it: weights, training (Adam; gradients where a step has several parts),
             activations (of the longest part of a micro-batch, with the head's chunk; or gradients, if they are more).
-        seconds: FLOPs over the measured GEMM rate times EFFICIENCY, on this machine.
+        seconds: on this machine when it has nothing else to do, with the threads that torch uses now; from steps
+            measured on a few layers.
+        note: what is to be known of `seconds`: why no steps could be measured, or what they leave out.
     """
 
     stage: str
@@ -52,17 +55,20 @@ class StagePlan:
     flops_per_token: int
     memory_bytes: dict[str, int]
     seconds: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class _Training:
-    """What is trained in a stage, and how; `taught` says whether the routers that are there learn."""
+    """What is trained in a stage, and how; `taught` says whether the routers that are there learn;
+    `losses` are auxiliary ones with their weights."""
 
     stage: str
     config: Any
     settings: TrainingSettings
     tokens: int
     taught: bool = False
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan(experiment: Experiment, data: Encoded) -> list[StagePlan]:
@@ -76,8 +82,10 @@ def plan(experiment: Experiment, data: Encoded) -> list[StagePlan]:
     Raises:
         ConfigError: the base does not run on shapes alone, or its layers cannot run again in the backward.
     """
-    rate, everything = gemm_rate(experiment), [one for part in data.train.values() for one in part]
-    return [_planned(experiment, training, everything, rate) for training in _trainings(experiment, data)]
+    everything = [one for part in data.train.values() for one in part]
+    watch = Stopwatch(experiment, everything)
+    with kept_random():
+        return [_planned(experiment, training, everything, watch) for training in _trainings(experiment, data)]
 
 
 def _trainings(experiment: Experiment, data: Encoded) -> Iterator[_Training]:
@@ -98,7 +106,8 @@ def _trainings(experiment: Experiment, data: Encoded) -> Iterator[_Training]:
         yield _Training("control mixed: one LoRA on all domains", config, settings, on_all(settings))
     if method.tuner == "loramix" and last.takes_steps:
         settings = joint_settings(experiment)
-        yield _Training(last.name, adapter_config(experiment, domains), settings, on_all(settings), taught=True)
+        losses, config = {**method.losses, **settings.losses}, adapter_config(experiment, domains)
+        yield _Training(last.name, config, settings, on_all(settings), taught=True, losses=losses)
 
 
 def _experts(experiment: Experiment, data: Encoded) -> _Training:
@@ -128,29 +137,36 @@ def _tokens(parts: Mapping[str, Sequence[Example]], shares: Mapping[str, float],
     return round(rows_learned(settings, sum(len(part) for part in parts.values())) * mean)
 
 
-def _planned(experiment: Experiment, training: _Training, examples: Sequence[Example], rate: float) -> StagePlan:
+def _planned(experiment: Experiment, training: _Training, examples: Sequence[Example], watch: Stopwatch) -> StagePlan:
     settings, tokens = training.settings, training.tokens
     lengths = [one.length for one in examples]
     learned = sum(one.supervised_tokens for one in examples) / sum(lengths)
     longest = largest_part(settings, max(lengths))
     several = longest < settings.per_device_train_batch_size * settings.gradient_accumulation_steps * max(lengths)
     skeleton = load_skeleton(experiment.model_name_or_path).to(getattr(torch, experiment.dtype))
-    model = get_peft_model(skeleton, training.config).train()
-    for name, parameter in model.named_parameters():
-        if not training.taught and ".loramix_router." in name:
-            parameter.requires_grad_(False)
+    config = copy.deepcopy(training.config)  # PEFT writes the modules it finds into it
+    model = without_taught_routers(get_peft_model(skeleton, config).train(), training.taught)
     checkpoint_layers(model, settings)
     router = method_named(training.config.method).router
     told = router is not None and router.settled_by != "nothing"
     by_row = settings.padding_free and not torch.accelerator.is_available()
     row = round(sum(lengths) / len(lengths))
-    run = partial(dry_run, model, longest, max(1, round(longest * learned)), row, settings.head_chunk, told, by_row)
-    with while_learning(model, settings, apart=False):  # attention is the dry run's own
-        seen = run(later=several)
-        flops = seen.flops / longest * tokens
-        if told and settings.read_ahead and tokens > sum(lengths):  # prompts are read once, not in every epoch
-            every_time, seen = seen, run(ahead=True, later=several)
-            flops = (seen.flops * tokens + (every_time.flops - seen.flops) * sum(lengths)) / longest
+    as_learned = (longest, max(1, round(longest * learned)), row, settings.head_chunk, told, by_row)
+
+    def run(model: Any, ahead: bool = False) -> DryRun:
+        with while_learning(model, settings, apart=False):  # attention is the dry run's own
+            return dry_run(model, *as_learned, ahead=ahead, later=several)
+
+    seen, once = run(model), 0.0
+    ahead = told and settings.read_ahead and tokens > sum(lengths)
+    if ahead:  # prompts are read once, not in every epoch
+        every_time, seen = seen, run(model, ahead=True)
+        once = (every_time.flops - seen.flops) * sum(lengths) / longest
+    flops = seen.flops / longest * tokens + once
+    per_step = row * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    work = Work(training.config, settings, training.losses, training.taught, ahead)
+    amount = Amount(tokens, tokens * learned, tokens / per_step, once)
+    seconds, note = watch.seconds(work, amount, seen, partial(run, ahead=ahead), longest)
     return StagePlan(
         stage=training.stage,
         parameters=seen.parameters,
@@ -158,30 +174,9 @@ def _planned(experiment: Experiment, training: _Training, examples: Sequence[Exa
         tokens=tokens,
         flops_per_token=round(flops / tokens),
         memory_bytes=memory(seen, model, settings, longest, learned, several),
-        seconds=flops / (rate * EFFICIENCY),
+        seconds=seconds,
+        note=note,
     )
-
-
-def checkpoint_layers(model: Any, settings: TrainingSettings) -> None:
-    """Turns activation checkpointing on where the settings ask for it, as the trainer does before its first step.
-
-    Args:
-        model: a PeftModel.
-        settings: of the stage.
-
-    Raises:
-        ConfigError: the base's layers cannot run again.
-    """
-    if not settings.activation_checkpointing:
-        return
-    given = {"use_reentrant": False, **settings.activation_checkpointing_kwargs}
-    own = {name: given.pop(name) for name in ("every_n_layers", "offload") if name in given}
-    try:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **own)
-    except ValueError as error:
-        raise ConfigError(
-            f"activation_checkpointing: this base's layers cannot run again in the backward ({error}). Leave it out."
-        ) from error
 
 
 def largest_part(settings: TrainingSettings, longest: int) -> int:
@@ -211,18 +206,3 @@ def memory(
     training = (ADAM_BYTES + (GRADIENT_BYTES if several else 0)) * seen.trained
     at_most = max(seen.kept_bytes + head, seen.peak_bytes)
     return {"weights": seen.weight_bytes, "training": training, "activations": at_most}
-
-
-def gemm_rate(experiment: Experiment) -> float:
-    """Returns FLOP/s of a product of the base's size, measured now on the device that would train, within a second."""
-    config: Any = load_skeleton(experiment.model_name_or_path).config.get_text_config()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    dtype = getattr(torch, experiment.dtype)
-    x = torch.randn(1024, config.hidden_size, dtype=dtype, device=device)
-    weight = torch.randn(config.intermediate_size, config.hidden_size, dtype=dtype, device=device)
-    best, begun = 0.0, time.monotonic()
-    while time.monotonic() - begun < 0.5:
-        start = time.perf_counter()
-        float((x @ weight.T)[0, 0])  # waits for the device
-        best = max(best, 2 * x.numel() * len(weight) / (time.perf_counter() - start))
-    return best
