@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from itertools import accumulate
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_a_base_whose_layers_cannot_run_again_is_a_line():
     model.get_base_model().supports_gradient_checkpointing = False
     with pytest.raises(ConfigError, match=r"activation_checkpointing: this base.*Leave it out"):
         checkpoint_layers(model, TrainingSettings(activation_checkpointing=True))
+
+
+def test_a_peak_does_not_depend_on_when_python_collects_garbage():
+    settings, found = TrainingSettings(head_chunk=CHUNK, activation_checkpointing=True), []
+    for collects in (True, False):
+        model = _built("lora", "meta")
+        checkpoint_layers(model, settings)
+        if not collects:
+            gc.disable()
+        try:
+            found.append(_planned(model, False, settings)[1])
+        finally:
+            gc.enable()
+    assert found[0] == found[1]
 
 
 def test_what_is_counted_by_hand():

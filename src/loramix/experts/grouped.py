@@ -85,7 +85,8 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, A_ERI, B_EOR, weights_M, code_MR = (one.to(ctx.low) for one in ctx.saved_tensors)
+        saved = ctx.saved_tensors  # asked for once: activation checkpointing gives them once
+        x_NI, A_ERI, B_EOR, weights_M, code_MR = (one.to(ctx.low) for one in saved)
         order, scaling = ctx.order, ctx.scaling
         given_NO, grad_NO = grad_NO, grad_NO.contiguous().to(ctx.low)
         scale_M1 = weights_M[:, None] * scaling
@@ -107,7 +108,7 @@ class _Grouped(torch.autograd.Function):
         else:
             grad_A = F.grouped_mm(back_MR.T, x_NI[order.places_M], offs=order.ends_E)
             grad_x = _gathered(F.grouped_mm(back_MR, A_ERI, offs=order.ends_E), order, len(x_NI))
-        found = zip((grad_x, grad_A, grad_B, grad_weights_M), [one.dtype for one in ctx.saved_tensors[:4]], strict=True)
+        found = zip((grad_x, grad_A, grad_B, grad_weights_M), [one.dtype for one in saved[:4]], strict=True)
         return given_NO, *(grad.to(kind) for grad, kind in found), None, None, None
 
 
