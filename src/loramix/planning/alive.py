@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterable
 from functools import partial
@@ -46,11 +45,7 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._counted[place] = weakref.ref(storage, partial(self._gone, place, size))
         self.bytes += size
-        if self.bytes > self.peak:
-            # torch's way through nested arguments (pytree) leaves each operation's tensors in a cycle of references,
-            # as the FLOP counter uses it, and a peak would depend on when Python last looked for such.
-            gc.collect(1)
-            self.peak = max(self.peak, self.bytes)
+        self.peak = max(self.peak, self.bytes)
 
     def _gone(self, place: int, size: int, _: Any) -> None:
         del self._counted[place]
