@@ -42,7 +42,7 @@ def grouped(y_BTO: Tensor, x_BTI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing:
     order = routing.order(max(A_ERI.shape[0], B_EOR.shape[0]))
     weights_M = routing.weights.to(x_BTI.dtype).flatten()[order.sorted_M]
     low = product_types(x_BTI, A_ERI).experts
-    kind = "cpu" if x_BTI.is_meta else x_BTI.device.type  # shapes alone know no autocast
+    kind = "cpu" if x_BTI.is_meta else x_BTI.device.type  # shapes alone go by a processor's
     with torch.autocast(kind, enabled=False):
         added_NO: Tensor = _Grouped.apply(  # type: ignore[no-untyped-call]
             y_BTO.reshape(-1, out), x_BTI.reshape(-1, inputs), A_ERI, B_EOR, weights_M, order, scaling, low

@@ -124,7 +124,8 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
                 routing = call.carried[scope].expanded(call.rows)
             else:
                 outputs = partial(self.bank(adapter).each_output, x_BTI)
-                # Under autocast (bf16: true) a router's scores would be bf16, whatever it asks for. Shapes know none.
+                # Under autocast (bf16: true) a router's scores would be bf16, whatever it asks for. Shapes alone go by
+                # a processor's.
                 kind = "cpu" if x_BTI.is_meta else x_BTI.device.type
                 with torch.autocast(kind, enabled=False):
                     routing = self.router(adapter)(x_BTI, call, scope, outputs)
