@@ -106,9 +106,8 @@ def row(
     name: str, step: TrainingStep, times: list[float], predicted: list[float], settings: TrainingSettings
 ) -> dict[str, Any]:
     """Returns one method's figures."""
-    step.step = step.__call__  # type: ignore[attr-defined]
     step.optimizer.zero_grad()
-    peak = tensor_peak(step)  # type: ignore[arg-type]
+    peak = tensor_peak(step)
     model = shapes_of(step)
     sizes = memory(dry_step(settings)(model), model, settings, ROWS * LENGTH, 0.5, several=False)
     mib = sizes["activations"] / 2**20  # weights and Adam's state were there before

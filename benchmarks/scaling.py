@@ -119,8 +119,7 @@ def measured(base: Any, axis: str, places: Sequence[tuple[int, str]], rounds: in
     for (value, method), step in steps.items():
         step()
         trained = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
-        step.step = step.__call__  # type: ignore[attr-defined]
-        memory = tensor_peak(step) + (4 + 8) * trained / MIB  # type: ignore[arg-type]
+        memory = tensor_peak(step) + (4 + 8) * trained / MIB
         found.append(
             {"axis": axis, "value": value, "method": method, "trained": trained, "memory_mib": round(memory, 1)}
         )

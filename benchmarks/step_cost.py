@@ -30,6 +30,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import accumulate
@@ -39,7 +40,7 @@ from typing import Any
 
 import torch
 from peers_check import check
-from step_variants import BASELINE, MAY_BE_MEASURED, MEASURED, TARGETS, Spec, Variant, built, specs
+from step_variants import BASELINE, MAY_BE_MEASURED, MEASURED, TARGETS, Spec, built, specs
 
 from loramix import load_base
 from loramix.cli.output import quiet_libraries
@@ -92,10 +93,10 @@ class Resident:
         return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
-def tensor_peak(variant: Variant) -> float:
+def tensor_peak(step: Callable[[], object]) -> float:
     """Takes one step and returns how much its tensors took at most, above those there before, in MiB."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        variant.step()
+        step()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in events)) / 2**20
@@ -114,7 +115,7 @@ def measure(group: list[Spec], base: Any, asked: argparse.Namespace, resident: R
     costs = {}
     for variant in variants:
         variant.make_optimizer_state()
-        costs[variant.spec] = Costs(tensor_peak(variant))
+        costs[variant.spec] = Costs(tensor_peak(variant.step))
     pick = random.Random(0)
     for _ in range(asked.repetitions):
         for variant in pick.sample(variants, len(variants)):

@@ -1,12 +1,13 @@
-"""What does each fast form of training bring? A whole step with all of them, and with each switched off by itself.
+"""What does each fast form of training bring? A whole step with all of them, and with each of them switched off.
 
     OMP_NUM_THREADS=1 python benchmarks/switches.py [--methods lora moa mola] [--dropout 0.05] [--bf16] [--rounds 5]
         [--layers N] [--json] [--out FILE]
 
 The built-in base, eight experts of rank 8 on all linear layers, eight rows of 70 to 512 tokens, half learned; types and
 autocast as in step_profile.py. The sides take turns in one process; CPU time of the thread; ratios to the step with
-everything on are taken within a round, medians and ranges of the rounds. Memory is what the forward keeps for the
-backward of one part, weights left out, each storage once.
+everything on are taken within a round, medians and ranges of the rounds. Memory is the peak of a step's tensors above
+what was there before it. `backend: concat` takes the experts of mosld and mola out of the frozen layers' products, and
+with that modules are not worked out together either: compare it with `shared_inputs: false`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from step_cost import tensor_peak
 from step_parts import plain_seconds
-from step_profile import LENGTHS, METHODS, saved
+from step_profile import LENGTHS, METHODS
 from training_step import Point, TrainingStep, examples_of, first_layers
 
 from loramix import load_base
@@ -39,7 +41,9 @@ OFF: dict[str, dict[str, Any]] = {
     "lean_activations: false": {"lean_activations": False},
     "backend: concat": {"backend": "concat"},
 }
-"""What is switched off, and how; a plain backend leaves the experts outside the frozen layer's product."""
+"""What is switched off, and how."""
+PLAIN_BACKEND = ("mosld", "mola")
+"""Methods that a plain backend changes: one expert is one LoRA in any, MoA and MixLoRA have forms of their own."""
 
 
 def main() -> int:
@@ -76,19 +80,17 @@ def main() -> int:
 
 
 def compared(base: Any, point: Point, off: list[str], rounds: int) -> dict[str, dict[str, Any]]:
-    """Returns each side's CPU seconds, their ratio to everything on, and MiB kept for the backward."""
+    """Returns each side's CPU seconds, their ratio to everything on, and the peak of its tensors in MiB."""
     words = base.config.vocab_size
     rows = [one for length in LENGTHS for one in examples_of(replace(point, rows=1, length=length), words)]
     rows = [replace(row, domain_id=place) for place, row in enumerate(rows)]
-    steps, kept, seconds = {}, {}, {}
-    for side in (ALL, *off):
+    steps, peaks, seconds = {}, {}, {}
+    for side in (ALL, *(name for name in off if name != "backend: concat" or point.method in PLAIN_BACKEND)):
         changed = dict(OFF.get(side, {}))
         own = {name: changed.pop(name) for name in ("padding_free", "backend") if name in changed}
-        if own.get("backend") == "concat" and point.method == "moa":
-            own["backend"] = "per_sequence"  # its experts are those of a row
         steps[side] = TrainingStep(base, replace(point, **own), rows, **changed)
-        kept[side] = sum(saved(steps[side], steps[side].batch()).values())
-        steps[side]()
+        steps[side]()  # makes the optimizer's state
+        peaks[side] = tensor_peak(steps[side])
         seconds[side] = []
     for _ in range(rounds):
         for side, step in steps.items():
@@ -100,17 +102,17 @@ def compared(base: Any, point: Point, off: list[str], rounds: int) -> dict[str, 
             "step_cpu_s": round(median(own_seconds), 3),
             "ratio": round(median(ratios), 3),
             "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
-            "kept_mib": round(kept[side], 1),
+            "peak_mib": round(peaks[side], 1),
         }
     return found
 
 
 def show(method: str, found: dict[str, dict[str, Any]]) -> None:
-    print(f"\n| {method} | s a step | times everything on | range | kept, MiB |\n|---|---:|---:|---:|---:|")
+    print(f"\n| {method} | s a step | times everything on | range | peak, MiB |\n|---|---:|---:|---:|---:|")
     for side, row in found.items():
         low, high = row["ratios"]
         print(
-            f"| {side} | {row['step_cpu_s']:.2f} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} | {row['kept_mib']} |"
+            f"| {side} | {row['step_cpu_s']:.2f} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} | {row['peak_mib']} |"
         )
 
 

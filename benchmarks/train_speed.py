@@ -5,8 +5,9 @@
 
 One process, the sides in turn, the same examples of the demo's domains in each round, one pass over them: SmolLM2-135M,
 rank 8 on all linear layers, AdamW, the same rows a step but where packing decides. Each side has its own way of putting
-batches together. The clock is CPU time of the training loop, from its first step to its last; ratios are taken within a
-round and their medians shown.
+batches together. Each takes a step that does not count before the first round; each round begins with another side.
+The clock is CPU time of the training loop, from its first step to its last; ratios are taken within a round and their
+medians shown.
 
 `stock`         PEFT LoRA, transformers' Trainer, rows padded to the longest of a batch, transformers' loss.
 `stock-by-length`  the same with Trainer's grouping of like lengths.
@@ -41,6 +42,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -108,19 +110,29 @@ def runs(sides: Sequence[str], loop_rows: Sequence[int]) -> list[str]:
 
 
 def measured(work: Work, names: Sequence[str], rounds: int) -> dict[str, list[Loop]]:
-    """Returns the training loops of each run, which take turns in each round."""
+    """Returns the training loops of each run, which take turns in each round, after an uncounted step of each."""
     resident = Resident()
+    first = replace(work, examples={label: some[:1] for label, some in work.examples.items()})
+    for name in names:
+        looped(first, name, 0, resident)
     found: dict[str, list[Loop]] = {name: [] for name in names}
     for number in range(rounds):
-        for name, loops in found.items():
-            loop = Loop(resident)
-            with tempfile.TemporaryDirectory() as scratch:
-                set_seed(number)
-                trained(name)(work, name, Path(scratch), loop)
-            loops.append(loop)
+        at = number % len(names)
+        for name in (*names[at:], *names[:at]):
+            loop = looped(work, name, number, resident)
+            found[name].append(loop)
             speed = work.supervised / loop.cpu_s
             print(f"round {number + 1}, {name}: {speed:.1f} supervised tokens/s, {loop.peak_mib} MiB", file=sys.stderr)
     return found
+
+
+def looped(work: Work, name: str, seed: int, resident: Resident) -> Loop:
+    """Trains one run and returns what its loop took."""
+    loop = Loop(resident)
+    with tempfile.TemporaryDirectory() as scratch:
+        set_seed(seed)
+        trained(name)(work, name, Path(scratch), loop)
+    return loop
 
 
 def rows(found: dict[str, list[Loop]], supervised: int) -> list[dict[str, Any]]:

@@ -124,7 +124,9 @@ class TrainingStep:
             # No Trainer.train() prepares the model here, and without that nothing would run in autocast.
             self.trainer.accelerator.prepare_model(self.model)
         self.optimizer = self.trainer.create_optimizer()
-        changed = while_learning(self.model, settings, apart=True)  # as long as the step lives, as for a stage
+        changed = while_learning(
+            self.model, settings, apart=point.padding_free
+        )  # as long as the step lives, as for a stage
         changed.__enter__()
         weakref.finalize(self, changed.__exit__, None, None, None)
 

@@ -89,7 +89,7 @@ def test_grouped_agrees_with_loop(share, k):
 
 def _at_once(layer, x, drop, A, B, gates, scaling):
     (out,) = fused([Layer(A, B, gates, scaling, layer)], x.flatten(0, 1), drop, ByChannel())
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _agree(one, other, given, **near):
@@ -238,8 +238,38 @@ def test_fused_is_for_plain_frozen_layers_only():
         assert can_fuse(layer, x, A)
         assert not can_fuse(layer.double(), x.double(), A), "autocast leaves doubles alone"
     layer.float()
+    layer.forward = layer.forward
+    assert not can_fuse(layer, x, A), "somebody's own forward, as accelerate puts it on to load weights"
+    del layer.forward
+    assert can_fuse(layer, x, A)
     layer.register_forward_hook(lambda *_: None)
     assert not can_fuse(layer, x, A)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("trained", ["A", "B", "gates", "x"])
+def test_fused_works_out_the_gradients_that_are_wanted(share, trained):
+    """Routers of frozen experts (MoLE), experts above a frozen prefix."""
+    (_, x, A, B), routing = _case(2, 5, (6, 4), 3, 2, 2, "token", share)
+    layer = nn.Linear(6, 4, dtype=torch.float64).requires_grad_(False)
+    given = {"x": x, "A": A, "B": B, "gates": gates_by_token(x, routing, 3).detach().requires_grad_()}
+    everything = _at_once(layer, given["x"], None, given["A"], given["B"], given["gates"], 1.7)
+    (wanted,) = torch.autograd.grad(everything.sum(), [given[trained]])
+    told = {name: one if name == trained else one.detach() for name, one in given.items()}
+    y = _at_once(layer, told["x"], None, told["A"], told["B"], told["gates"], 1.7)
+    (got,) = torch.autograd.grad(y.sum(), [told[trained]])
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_fused_takes_no_tokens(share):
+    (_, x, A, B), _ = _case(2, 5, (6, 4), 3, 2, 2, "token", share)
+    layer = nn.Linear(6, 4, dtype=torch.float64).requires_grad_(False)
+    y = _at_once(layer, x[:, :0], None, A, B, x.new_zeros(0, 3).requires_grad_(), 1.7)
+    assert y.numel() == 0
+    y.sum().backward()
+    assert not A.grad.any()
+    assert not B.grad.any()
 
 
 @pytest.mark.parametrize("share", SHARES)

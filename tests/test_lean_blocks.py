@@ -217,15 +217,19 @@ def test_norms_that_compute_something_else_are_left_alone():
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.dropout(super().forward(x), 0.5, self.training)
 
+    class Clamping(LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.clamp(-1e3, 1e3))  # type: ignore[no-any-return]
+
     class WithoutEpsilon(LlamaRMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             return self.weight * x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
 
-    norms = [kind(32).requires_grad_(False).eval() for kind in (Centred, Dropping, WithoutEpsilon)]
+    norms = [kind(32).requires_grad_(False).eval() for kind in (Centred, Dropping, Clamping, WithoutEpsilon)]
     norms += [nn.LayerNorm(32, bias=bias).requires_grad_(False) for bias in (True, False)]
     for norm in norms:
         assert lean_ones(norm) == set(), type(norm).__name__
-    assert not any(norm.training for norm in norms[:3])
+    assert not any(norm.training for norm in norms[:4])
     gated, x = Gated(32).requires_grad_(False), torch.randn(2, 32)
     wanted = gated(x, 3 * x)
     with lean_norms(gated):
@@ -248,8 +252,18 @@ def test_blocks_that_compute_something_else_are_left_alone():
         def forward(self, x: Tensor) -> Tensor:
             return self.down_proj(nn.functional.dropout(self.act_fn(self.gate_proj(x)), 0.5, self.training))  # type: ignore[no-any-return]
 
-    for kind in (Scaled, Dropping):
-        assert lean_ones(kind(block.config)) == set()
+    class Clamping(LlamaMLP):
+        """As in several bases, at 7 to 16."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-16, 16))  # type: ignore[no-any-return]
+
+    class ClampingTheGate(LlamaMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=1e3)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+    for kind in (Scaled, Dropping, Clamping, ClampingTheGate):
+        assert lean_ones(kind(block.config)) == set(), kind.__name__
     seen: list[int] = []
     watched = copy.deepcopy(block)
     handle = watched.act_fn.register_forward_hook(lambda *_: seen.append(1))
@@ -271,7 +285,7 @@ def test_all_is_put_back_and_hooks_see_what_they_saw():
     ids = tiny.ids()
 
     def inside() -> None:
-        with while_learning(model, TrainingSettings(), apart=True):
+        with while_learning(model, TrainingSettings(shared_inputs=False), apart=True):
             assert not seen, "trying runs nobody's hooks"
             assert norm.forward is kept
             assert "forward" in block.__dict__
@@ -284,6 +298,23 @@ def test_all_is_put_back_and_hooks_see_what_they_saw():
     assert norm.__dict__.pop("forward") is kept
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_a_copy_made_meanwhile_is_a_model_of_its_own():
+    """As callbacks that average weights make them."""
+    model = built("lora").train()
+    ids = tiny.ids(2, 6)
+    with while_learning(model, TrainingSettings(), apart=False):
+        copied = copy.deepcopy(model)
+        wanted = model(input_ids=ids).logits.detach()
+        for name, parameter in copied.named_parameters():
+            if "loramix_bank" in name and "mlp" in name:
+                nn.init.zeros_(parameter)
+        logits = copied(input_ids=ids).logits
+        logits.square().sum().backward()
+    assert not torch.allclose(logits, wanted), "its own experts are used"
+    assert all(one.grad is None for one in model.parameters())
+    assert all(one.grad is not None for one in copied.parameters() if one.requires_grad)
 
 
 def test_switches():

@@ -125,7 +125,9 @@ def test_permuting_experts_changes_nothing(name: str, backend: str):
             parameter.data = parameter.data[order] if len(parameter) > 1 else parameter.data
         if router is not None:
             _permute(router, order)
-    torch.testing.assert_close(_logits(model, ids), before, rtol=1e-5, atol=1e-6)
+    # The order of experts is the order of sums in fp32, whose rounding MoLE's gates, which read outputs, magnify: up to
+    # 1e-5 of the largest logit, by processor. Experts that do not go with their router are off by half of it and more.
+    torch.testing.assert_close(_logits(model, ids), before, rtol=0, atol=1e-4 * before.abs().max().item())
 
 
 def _permute(router: torch.nn.Module, order: Tensor) -> None:

@@ -232,13 +232,36 @@ class PromptRead(Exception):
     """Ends a forward that was only run to read the prompt; caught by whoever started it."""
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What was worked out for a module beside a neighbour that reads the same input (`tuner.shared_inputs`).
+
+    Attributes:
+        x: the input, in the state `version`: autograd counts changes in place.
+        y: the module's output.
+    """
+
+    x: Tensor
+    version: int
+    y: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> Ahead:
+        """Returns what was made of x as it is now."""
+        return cls(x, x._version, y)
+
+    def is_for(self, x: Tensor) -> bool:
+        """Whether it was made of this very tensor, which has not been changed since."""
+        return self.x is x and self.version == x._version
+
+
 class RoutingContext:
-    """The holder that all adapted layers of one model share: the current `Call`, and by module an input and the output
-    that was worked out for it beside a neighbour's (`tuner.shared_inputs`)."""
+    """The holder that all adapted layers of one model share: the current `Call`, and what of modules was worked out
+    ahead, by their names."""
 
     def __init__(self) -> None:
         self.call: Call | None = None
-        self.ahead: dict[str, tuple[Tensor, Tensor]] = {}
+        self.ahead: dict[str, Ahead] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """A copy of a model starts without a call: a call's tensors belong to the forward they came from."""

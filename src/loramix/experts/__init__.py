@@ -1,9 +1,10 @@
 """What does an expert do? Stacked LoRA experts and the equal ways of applying them."""
 
 from loramix.experts.allocation import allocation_problem, experts_per_layer, extremes
-from loramix.experts.bank import LoraBank, fused_together, one_expert
+from loramix.experts.bank import LoraBank, one_expert
 from loramix.experts.config import BankConfig
 from loramix.experts.linear import linear_sizes
+from loramix.experts.parts import outputs_of
 from loramix.experts.prototypes import prototypes
 
 __all__ = [
@@ -12,8 +13,8 @@ __all__ = [
     "allocation_problem",
     "experts_per_layer",
     "extremes",
-    "fused_together",
     "linear_sizes",
     "one_expert",
+    "outputs_of",
     "prototypes",
 ]

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loramix.experts import ffn, fused_ffn
-from loramix.experts.apply import BACKENDS, choose, gates_by_token
-from loramix.experts.by_channel import ByChannel
-from loramix.experts.by_segment import ByRows, weights_by_token
+from loramix.experts.apply import choose
 from loramix.experts.config import BankConfig
 from loramix.experts.dropping import InputDropout
-from loramix.experts.fused import Layer, can_fuse, fused
+from loramix.experts.fused import can_fuse
+from loramix.experts.parts import Part, outputs_of
 from loramix.routing import ExpertOutputs, Routing
 
 SAMPLED_TOKENS = 32
 """How many tokens of a batch a loss over expert outputs looks at, in each module: outputs are wide, pairs many."""
-
-
-class Operands(NamedTuple):
-    """What a bank multiplies its input with in one forward, and how."""
-
-    A_ERI: Tensor
-    B_EOR: Tensor
-    routing: Routing
-    backend: str
 
 
 class LoraBank(nn.Module):
@@ -87,26 +76,17 @@ class LoraBank(nn.Module):
 
     def forward(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, routing: Routing) -> Tensor:
         """Returns base_layer(x) with the routed experts' delta added, in the base's type."""
-        return self.applied(base_layer, x_BTI, self.operands(x_BTI, routing))
+        return outputs_of([self.part(base_layer, x_BTI, routing)], x_BTI)[0]
 
-    def operands(self, x_BTI: Tensor, routing: Routing) -> Operands:
+    def part(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, routing: Routing) -> Part:
         """Returns what this forward multiplies x with. Drawn anew each time where a shared matrix has dropout."""
         if self.form.combine == "matrices":
             A_ERI, B_EOR = self._summed(routing)
             routing = one_expert(x_BTI)
         else:
             A_ERI, B_EOR = self.matrices()
-        return Operands(A_ERI, B_EOR, routing, choose(self.backend, routing, A_ERI, B_EOR))
-
-    def applied(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, own: Operands) -> Tensor:
-        """Returns base_layer(x) with the delta of `own` added."""
-        if (together := fused_together([(self, base_layer, own)], x_BTI)) is not None:
-            return together[0]
-        y_BTO = base_layer(x_BTI)
-        dropped_BTI = self.dropout(x_BTI.to(own.A_ERI.dtype))
-        y = y_BTO.to(dropped_BTI.dtype)
-        added = BACKENDS[own.backend](y, dropped_BTI, own.A_ERI, own.B_EOR, own.routing, self.scaling)
-        return added.to(y_BTO.dtype)
+        backend = choose(self.backend, routing, A_ERI, B_EOR)
+        return Part(base_layer, A_ERI, B_EOR, routing, backend, self.backend == "auto", self.scaling, self.dropout)
 
     def expand(self, base_layer: Callable[..., Tensor], x_BTI: Tensor, routing: Routing) -> Tensor:
         """Returns (K, B, T, O): the first half of a feed-forward block, for each of a token's experts."""
@@ -181,41 +161,6 @@ class LoraBank(nn.Module):
         picked_SKO = outputs_SEO.gather(1, ids_SK[:, :, None].expand(-1, -1, outputs_SEO.shape[-1]))
         mask_SK = mask_S[:, None].expand_as(ids_SK)
         return ExpertOutputs(ids_SK.flatten(), picked_SKO.flatten(0, 1), mask_SK.flatten())
-
-
-def fused_together(
-    parts: Sequence[tuple[LoraBank, Callable[..., Tensor], Operands]], x_BTI: Tensor
-) -> list[Tensor] | None:
-    """Returns the outputs of frozen layers that read the same x, each with its experts' delta, from one function; None
-    where one of them cannot be had so, or their experts are not laid out alike. The experts of all drop the same
-    numbers of x.
-
-    Args:
-        parts: the bank, frozen layer and operands of each.
-        x_BTI: their input.
-    """
-    first, _, own = parts[0]
-    by_rows = own.backend == "per_sequence" and own.routing.segments is not None
-    if own.backend != "concat" and not by_rows:
-        return None
-    if not all(
-        bank.backend == "auto" and other.backend == own.backend and can_fuse(base, x_BTI, other.A_ERI)
-        for bank, base, other in parts
-    ):
-        return None
-    drop_BTI = first.dropout.draw(x_BTI)
-    layers = []
-    for bank, base, (A_ERI, B_EOR, routing, _) in parts:
-        assert isinstance(base, nn.Linear)
-        if by_rows:
-            gates: Tensor | None = weights_by_token(routing, A_ERI)
-        else:
-            gates = gates_by_token(x_BTI, routing, max(len(A_ERI), len(B_EOR)), A_ERI.dtype)
-        layers.append(Layer(A_ERI, B_EOR, gates, bank.scaling * bank.dropout.factor, base))
-    drop_NI = None if drop_BTI is None else drop_BTI.view(-1, x_BTI.shape[-1])
-    way = ByRows.of(own.routing) if by_rows else ByChannel()
-    outputs = fused(layers, x_BTI.reshape(-1, x_BTI.shape[-1]), drop_NI, way)
-    return [out_NO.view(*x_BTI.shape[:-1], -1) for out_NO in outputs]
 
 
 def evenly_spaced(mask_N: Tensor, most: int) -> tuple[Tensor, Tensor]:

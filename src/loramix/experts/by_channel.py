@@ -46,7 +46,8 @@ class ByChannel:
         grad_gates = None
         if wanted:
             rank = A_ERI.shape[1]
-            grad_gates = (back.view(len(back), -1, rank) * code.view(len(code), -1, rank)).sum(dim=2)
+            back_NER, code_NER = (_by_expert(one, one.shape[1] // rank) for one in (back, code))
+            grad_gates = (back_NER * code_NER).sum(dim=2)
         return ungated(back, gates, len(A_ERI), len(B_EOR)), grad_gates
 
     def grad_down(self, backs: Sequence[Tensor], x_NI: Tensor, downs: Sequence[Tensor]) -> list[Tensor]:
@@ -103,13 +104,13 @@ def gated(code_NX: Tensor, gates_NE: Tensor | None, downs: int, ups: int) -> Ten
     """
     if gates_NE is None:
         return code_NX
-    places, experts = gates_NE.shape
+    experts = gates_NE.shape[1]
     if downs == 1 and experts > 1:
-        return (gates_NE[:, :, None] * code_NX[:, None, :]).view(places, -1)
-    by_expert_NER = code_NX.view(places, experts, -1)
+        return (gates_NE[:, :, None] * code_NX[:, None, :]).flatten(1)
+    by_expert_NER = _by_expert(code_NX, experts)
     if ups == 1 and experts > 1:
         return torch.bmm(gates_NE[:, None, :], by_expert_NER).squeeze(1)
-    return (by_expert_NER * gates_NE[:, :, None]).view(places, -1)
+    return (by_expert_NER * gates_NE[:, :, None]).flatten(1)
 
 
 def ungated(back_NX: Tensor, gates_NE: Tensor, downs: int, ups: int) -> Tensor:
@@ -120,9 +121,14 @@ def ungated(back_NX: Tensor, gates_NE: Tensor, downs: int, ups: int) -> Tensor:
         gates_NE: dense weights.
         downs, ups: how many matrices A and B are stacks of.
     """
-    places, experts = gates_NE.shape
+    experts = gates_NE.shape[1]
     if downs == 1 and experts > 1:
-        return torch.bmm(gates_NE[:, None, :], back_NX.view(places, experts, -1)).squeeze(1)
+        return torch.bmm(gates_NE[:, None, :], _by_expert(back_NX, experts)).squeeze(1)
     if ups == 1 and experts > 1:
-        return (gates_NE[:, :, None] * back_NX[:, None, :]).view(places, -1)
-    return (back_NX.view(places, experts, -1) * gates_NE[:, :, None]).view(places, -1)
+        return (gates_NE[:, :, None] * back_NX[:, None, :]).flatten(1)
+    return (_by_expert(back_NX, experts) * gates_NE[:, :, None]).flatten(1)
+
+
+def _by_expert(code_NX: Tensor, experts: int) -> Tensor:
+    """Returns (N, E, R); N may be 0."""
+    return code_NX.view(len(code_NX), experts, code_NX.shape[1] // experts)

@@ -2,7 +2,7 @@
 
 The frozen layer and the router see all of x. `nn.Dropout` draws a double for each number, keeps a mask of x's own size
 and type and the product beside it; with five percent dropped that is a quarter of a step on a processor
-(docs/performance.md).
+(docs/log.md).
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from loramix.precision import without_autocast
+
 
 class Types(NamedTuple):
     """In which types products are worked out: the frozen layers', and the experts'."""
@@ -106,6 +108,7 @@ def can_fuse(base_layer: object, x: Tensor, A_ERI: Tensor) -> bool:
         and not base_layer.weight.requires_grad
         and (base_layer.bias is None or not base_layer.bias.requires_grad)
         and not torch.compiler.is_compiling()
+        and "forward" not in base_layer.__dict__  # nobody has put another on it (accelerate's offloading)
         and not (base_layer._forward_hooks or base_layer._forward_pre_hooks)
         and not (base_layer._backward_hooks or base_layer._backward_pre_hooks)
     )
@@ -134,8 +137,7 @@ def fused(layers: Sequence[Layer], x_NI: Tensor, drop_NI: Tensor | None, way: Wa
         frozen = (None, None) if base is None else (base.weight, base.bias)
         tensors += [one.y_NO, one.A_ERI, one.B_EOR, one.gates, *frozen]
     types = product_types(x_NI, layers[0].A_ERI)
-    kind = "cpu" if x_NI.is_meta else x_NI.device.type
-    with torch.autocast(kind, enabled=False):  # types are settled above
+    with without_autocast(x_NI):  # types are settled above
         outputs: tuple[Tensor, ...] = _Fused.apply(  # type: ignore[no-untyped-call]
             x_NI, drop_NI, way, types, tuple(one.scaling for one in layers), *tensors
         )
@@ -178,32 +180,40 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_J: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grads_J[0]):
+            return _Fused._backward(ctx, grads_J)
+
+    @staticmethod
+    def _backward(ctx: Any, grads_J: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         way, types, count = ctx.way, ctx.types, len(ctx.scalings)
         x_NI, drop_NI, *saved = ctx.saved_tensors
         codes, downs, ups, gates_J, weights = (saved[start : start + count] for start in range(0, 5 * count, count))
+        _, wanted_A, wanted_B, wanted_gates, *_ = (ctx.needs_input_grad[5 + place :: 6] for place in range(6))
         seen_NI, lows = left(x_NI, drop_NI).to(types.experts), [down.to(types.experts) for down in downs]
         grad_x: Tensor | None = None
-        backs, grads_up, grads_gates = [], [], []
+        backs: list[Tensor] = []
+        grads_up: list[Tensor | None] = []
+        grads_gates: list[Tensor | None] = []
         for j, scaling in enumerate(ctx.scalings):
-            grad_NO, gates, B_EOR = (
-                grads_J[j].to(types.experts),
-                _as(gates_J[j], types.experts),
-                ups[j].to(types.experts),
-            )
-            weighed = way.weighed(codes[j], gates, downs[j], B_EOR)
-            grads_up.append(way.grad_up(grad_NO, weighed, B_EOR, scaling).to(ups[j].dtype))
-            wanted = ctx.needs_input_grad[5 + 6 * j + 3]
-            back, grad_gates = way.unweighed(
-                way.back(grad_NO, B_EOR, scaling), codes[j], gates, downs[j], B_EOR, wanted
-            )
+            grad_NO, B_EOR = grads_J[j].to(types.experts), ups[j].to(types.experts)
+            gates = _as(gates_J[j], types.experts)
+            of_B: Tensor | None = None
+            if wanted_B[j]:
+                of_B = way.grad_up(grad_NO, way.weighed(codes[j], gates, downs[j], B_EOR), B_EOR, scaling)
+            grads_up.append(_as(of_B, ups[j].dtype))
+            back = way.back(grad_NO, B_EOR, scaling)
+            back, of_gates = way.unweighed(back, codes[j], gates, downs[j], B_EOR, wanted_gates[j])
             backs.append(back)
-            grads_gates.append(None if grad_gates is None else grad_gates.to(gates_J[j].dtype))
+            grads_gates.append(None if of_gates is None else of_gates.to(gates_J[j].dtype))
             if ctx.needs_input_grad[0] and weights[j] is not None:
                 weight_OI = weights[j].to(types.frozen)
                 grad_x = grads_J[j] @ weight_OI if grad_x is None else grad_x.addmm_(grads_J[j], weight_OI)
-        grads_down = [grad.to(A.dtype) for grad, A in zip(way.grad_down(backs, seen_NI, lows), downs, strict=True)]
+        grads_down: Sequence[Tensor | None] = [None] * count
+        if any(wanted_A):
+            of_A = way.grad_down(backs, seen_NI, lows)
+            grads_down = [grad.to(A.dtype) for grad, A in zip(of_A, downs, strict=True)]
         if ctx.needs_input_grad[0]:
-            grad_x = _through(way, backs, lows, drop_NI, grad_x).to(x_NI.dtype)
+            grad_x = through(way, backs, lows, drop_NI, grad_x).to(x_NI.dtype)
         of_layers: list[Tensor | None] = []
         for j in range(count):
             of_given = grads_J[j] if weights[j] is None else None
@@ -211,24 +221,17 @@ class _Fused(torch.autograd.Function):
         return grad_x, None, None, None, None, *of_layers
 
 
-def _through(
-    way: Way, backs: Sequence[Tensor], downs: Sequence[Tensor], drop_NI: Tensor | None, grad_x: Tensor | None
+def through(
+    way: Way, backs: Sequence[Tensor], downs: Sequence[Tensor], drop_NI: Tensor | None, grad_NI: Tensor | None
 ) -> Tensor:
-    """Returns the gradient of x: what came through the frozen layers, if anything did, and through the experts."""
-    if drop_NI is None and (grad_x is None or grad_x.dtype == downs[0].dtype):
-        return way.back_down(backs, downs, grad_x)
-    through_NI = way.back_down(backs, downs, None)
+    """Returns the gradient of x: what came through the frozen layers, if anything did, with what comes through the
+    experts added to it in place."""
+    if drop_NI is None and (grad_NI is None or grad_NI.dtype == downs[0].dtype):
+        return way.back_down(backs, downs, grad_NI)
+    own_NI = way.back_down(backs, downs, None)
     if drop_NI is not None:
-        through_NI.masked_fill_(drop_NI, 0.0)
-    return through_NI if grad_x is None else grad_x.add_(through_NI)
-
-
-def through(grad_NI: Tensor, back_NX: Tensor, down_XI: Tensor, drop_NI: Tensor | None) -> Tensor:
-    """Adds in place what comes back to x through the experts' A, and returns the sum."""
-    if drop_NI is None and grad_NI.dtype == back_NX.dtype:
-        return grad_NI.addmm_(back_NX, down_XI)
-    own_NI = back_NX @ down_XI
-    return grad_NI.add_(own_NI if drop_NI is None else own_NI.masked_fill_(drop_NI, 0.0))
+        own_NI.masked_fill_(drop_NI, 0.0)
+    return own_NI if grad_NI is None else grad_NI.add_(own_NI)
 
 
 def left(x_NI: Tensor, drop_NI: Tensor | None) -> Tensor:
@@ -236,5 +239,5 @@ def left(x_NI: Tensor, drop_NI: Tensor | None) -> Tensor:
     return x_NI if drop_NI is None else torch.where(drop_NI, 0.0, x_NI)
 
 
-def _as(gates: Tensor | None, kind: torch.dtype) -> Tensor | None:
-    return None if gates is None else gates.to(kind)
+def _as(given: Tensor | None, kind: torch.dtype) -> Tensor | None:
+    return None if given is None else given.to(kind)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loramix.experts.by_channel import gated, ungated, up
+from loramix.experts.by_channel import ByChannel, gated, ungated, up
 from loramix.experts.fused import Types, left, product_types, through
+from loramix.precision import without_autocast
 from loramix.routing import Routing
 
 
@@ -39,7 +40,7 @@ def expand(
     """
     masks_KNE, types = _masks(routing, max(len(A_ERI), len(B_EFR)), A_ERI), product_types(x_BTI, A_ERI)
     drop_NI = None if drop_BTI is None else drop_BTI.view(-1, x_BTI.shape[-1])
-    with torch.autocast("cpu" if x_BTI.is_meta else x_BTI.device.type, enabled=False):
+    with without_autocast(x_BTI):
         out_KNF: Tensor = _Expand.apply(  # type: ignore[no-untyped-call]
             x_BTI.reshape(-1, x_BTI.shape[-1]),
             drop_NI,
@@ -65,7 +66,7 @@ def contract(
 ) -> Tensor:
     """Returns base_layer(sum_k g_k a_k) + s * sum_k g_k B_{e_k} A_{e_k} a_k, (B, T, O); arguments as of `expand`."""
     masks_KNE, types = _masks(routing, max(len(A_ERF), len(B_EOR)), A_ERF), product_types(inner_KBTF, A_ERF)
-    with torch.autocast("cpu" if inner_KBTF.is_meta else inner_KBTF.device.type, enabled=False):
+    with without_autocast(inner_KBTF):
         out_NO: Tensor = _Contract.apply(  # type: ignore[no-untyped-call]
             inner_KBTF.flatten(1, 2),
             None if drop_KBTF is None else drop_KBTF.flatten(1, 2),
@@ -124,9 +125,14 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_KNF: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grad_KNF):
+            return _Expand._backward(ctx, grad_KNF)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_KNF: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, drop_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX = ctx.saved_tensors
         types, sizes = ctx.types, (len(A_ERI), len(B_EFR))
-        down_XI, up_XF = A_ERI.flatten(0, 1).to(types.experts), up(B_EFR).to(types.experts)
+        low_ERI, up_XF = A_ERI.to(types.experts), up(B_EFR).to(types.experts)
         grad_up_XF = torch.zeros_like(up_XF)
         back_NX = torch.zeros_like(code_NX)
         for grad_NF, mask_NE in zip(grad_KNF, masks_KNE.to(types.experts), strict=True):
@@ -138,7 +144,7 @@ class _Expand(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_KNF.sum(dim=0).to(types.frozen) @ weight_FI.to(types.frozen)
-            grad_x = through(grad_x, back_NX, down_XI, drop_NI).to(x_NI.dtype)
+            grad_x = through(ByChannel(), [back_NX], [low_ERI], drop_NI, grad_x).to(x_NI.dtype)
         return grad_x, None, grad_A, grad_B, None, None, None, None, None
 
 
@@ -177,15 +183,20 @@ class _Contract(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grad_NO):
+            return _Contract._backward(ctx, grad_NO)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         inner_KNF, drop_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX = ctx.saved_tensors
         types, sizes = ctx.types, (len(A_ERF), len(B_EOR))
-        own_NO, down_XF = grad_NO.to(types.experts), A_ERF.flatten(0, 1).to(types.experts)
+        own_NO, low_ERF = grad_NO.to(types.experts), A_ERF.to(types.experts)
         low_KN, low_KNE = weights_KN.to(types.experts), masks_KNE.to(types.experts)
         grad_up_XO = _summed(codes_KNX, low_KN, low_KNE, *sizes).T @ own_NO
         grad_B = grad_up_XO.mul_(ctx.scaling).view(len(B_EOR), A_ERF.shape[1], -1).transpose(1, 2).to(B_EOR.dtype)
         grad_NF = grad_NO @ weight_OF.to(types.frozen)
         back_NX = (own_NO @ up(B_EOR).to(types.experts).T).mul_(ctx.scaling)
-        grad_down_XF = torch.zeros_like(down_XF)
+        grad_down_XF = torch.zeros_like(low_ERF).flatten(0, 1)
         grad_inner_KNF = torch.empty_like(inner_KNF)
         grad_weights_KN = torch.empty_like(weights_KN)
         for k, weights_N in enumerate(low_KN):
@@ -196,7 +207,7 @@ class _Contract(torch.autograd.Function):
             own_NX = own_NX * weights_N[:, None]
             grad_down_XF.addmm_(own_NX.T, left(inner_NF, drop_NF).to(types.experts))
             torch.mul(grad_NF, weights_KN[k].to(grad_NF.dtype)[:, None], out=grad_inner_KNF[k])
-            through(grad_inner_KNF[k], own_NX, down_XF, drop_NF)
+            through(ByChannel(), [own_NX], [low_ERF], drop_NF, grad_inner_KNF[k])
         grad_A = grad_down_XF.view(A_ERF.shape).to(A_ERF.dtype)
         return grad_inner_KNF, None, grad_weights_KN, grad_A, grad_B, None, None, None, None, None
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loramix.experts.fused import product_types
+from loramix.precision import without_autocast
 from loramix.routing import ExpertOrder, Routing
 
 
@@ -42,8 +43,7 @@ def grouped(y_BTO: Tensor, x_BTI: Tensor, A_ERI: Tensor, B_EOR: Tensor, routing:
     order = routing.order(max(A_ERI.shape[0], B_EOR.shape[0]))
     weights_M = routing.weights.to(x_BTI.dtype).flatten()[order.sorted_M]
     low = product_types(x_BTI, A_ERI).experts
-    kind = "cpu" if x_BTI.is_meta else x_BTI.device.type  # shapes alone go by a processor's
-    with torch.autocast(kind, enabled=False):
+    with without_autocast(x_BTI):
         added_NO: Tensor = _Grouped.apply(  # type: ignore[no-untyped-call]
             y_BTO.reshape(-1, out), x_BTI.reshape(-1, inputs), A_ERI, B_EOR, weights_M, order, scaling, low
         )
@@ -85,6 +85,11 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grad_NO):
+            return _Grouped._backward(ctx, grad_NO)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once: activation checkpointing gives them once
         x_NI, A_ERI, B_EOR, weights_M, code_MR = (one.to(ctx.low) for one in saved)
         order, scaling = ctx.order, ctx.scaling

@@ -1,7 +1,7 @@
 """Attention in 16 bits on a processor, whose backward is worked out in fp32.
 
 torch's own backward in bfloat16 takes longer there than the one in fp32, on short rows several times as long, also
-where the processor has products in bfloat16 (docs/performance.md). The forward is left as it is. Tensors in fp32 are
+where the processor has products in bfloat16 (docs/log.md). The forward is left as it is. Tensors in fp32 are
 there for one row at a time.
 """
 
@@ -18,7 +18,11 @@ aten = torch.ops.aten
 
 
 def attends_in_halves(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether this attention is one whose backward is better worked out in fp32: 16 bits, on a processor, learning."""
+    """Whether this attention is one whose backward is better worked out in fp32: 16 bits, on a processor, learning; of
+    tensors that torch's operation takes as they are, without what scaled_dot_product_attention does for it first."""
+    asis = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.stride(-1) == key.stride(-1) == 1
+    if not asis or value.stride(-1) != 1:
+        return False
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     halves = query.dtype in HALVES and query.dtype == key.dtype == value.dtype
     return learns and halves and query.device.type == "cpu" and not torch.compiler.is_compiling()

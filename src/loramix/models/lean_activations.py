@@ -7,7 +7,6 @@ bit for bit (tests/test_lean_blocks.py).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +24,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 def lean_activations(model: nn.Module) -> Iterator[None]:
     """Lets a model's blocks of down(silu(gate(x)) * up(x)) compute by `silu_times`, for the forwards and backwards
     inside. Which blocks those are is tried, not believed; others are left as they are."""
-    with other_forwards({module: _lean(module) for module in model.modules() if _is_gated_by_silu(module)}):
+    with other_forwards({module: _Lean(module) for module in model.modules() if _is_gated_by_silu(module)}):
         yield
 
 
@@ -57,18 +56,20 @@ class _SiluTimes(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-def _lean(block: Any) -> Callable[..., Any]:
-    own = block.forward
+class _Lean:
+    """The forward of a block. An object, so that a copy of the model takes a copy of it."""
 
-    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        block = self.block
         if torch.compiler.is_compiling() or args or kwargs:
-            return own(x, *args, **kwargs)
+            return type(block).forward(block, x, *args, **kwargs)
         gate, up = block.gate_proj(x), block.up_proj(x)
         # One of them may have a copy for each expert and the other not.
         plain = type(gate) is Tensor and type(up) is Tensor and gate.dtype == up.dtype and gate.shape == up.shape
         return block.down_proj(silu_times(gate, up) if plain else nn.functional.silu(gate) * up)
-
-    return forward
 
 
 @torch.no_grad()
@@ -82,9 +83,13 @@ def _is_gated_by_silu(block: nn.Module) -> bool:
     if any(is_hooked(one) or not own_forward(one) or one._parameters for one in others):
         return False  # whoever looks at the activation would see it no more
     draw = torch.Generator("cpu").manual_seed(0)
-    x, gate, up = (3 * torch.randn(2, 3, 4, generator=draw, device="cpu") for _ in range(3))
+    x, gate, up = (3 * torch.randn(6, 4, 4, generator=draw, device="cpu") for _ in range(3))
+    # Blocks that clamp one of the two (at 7, 10 or 16) are others: large numbers of both signs, in each and in both.
+    gate *= torch.tensor([1.0, 1.0, 1e2, 1e2, 1e4, 1e4])[:, None, None]
+    up *= torch.tensor([1.0, 1e4, 1.0, 1e2, 1.0, 1e4])[:, None, None]
     down = _Gives(lambda given: 2 * given + 1)
-    trial = copy.copy(block)
+    trial: Any = object.__new__(type(block))  # not by `copy`: FSDP's classes make something else of that
+    trial.__dict__.update(block.__dict__)
     trial._modules = {**children, **dict(zip(PROJECTIONS, (_Gives(gate), _Gives(up), down), strict=True))}
     wanted = 2 * (nn.functional.silu(gate) * up) + 1
     before = [(one, one.training) for one in others]
@@ -92,7 +97,7 @@ def _is_gated_by_silu(block: nn.Module) -> bool:
         for mode in (True, False):
             trial.train(mode)
             got = trial.forward(x)
-            read_x = all(trial._modules[name].seen is x for name in PROJECTIONS[:2])  # type: ignore[union-attr]
+            read_x = all(trial._modules[name].seen is x for name in PROJECTIONS[:2])
             if not read_x or type(got) is not Tensor or not torch.equal(got, wanted):
                 return False
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):

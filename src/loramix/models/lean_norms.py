@@ -9,8 +9,7 @@ in fp32. Here x and r are kept, as they are. The same numbers to rounding (tests
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loramix.models.forwards import other_forwards, own_forward
+from loramix.precision import without_autocast
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 """What the attribute is called in the bases of transformers."""
@@ -32,7 +32,7 @@ def lean_norms(model: nn.Module) -> Iterator[None]:
     Which those are is tried, not believed: norms of w + 1, with a bias or about the mean are left as they are, and so
     are those that train, whose weight is sharded or quantised, or that somebody has given another forward.
     """
-    with other_forwards({module: _lean(module, agreed) for module in model.modules() if (agreed := _agreed(module))}):
+    with other_forwards({module: _Lean(module, agreed) for module in model.modules() if (agreed := _agreed(module))}):
         yield
 
 
@@ -65,36 +65,38 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float() if x.dtype in HALF else x
         grad_x = grad.to(wide.dtype) * weight_I
         # Of a user who calls backward under autocast: vecdot would be bf16.
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        with without_autocast(x):
             along = torch.linalg.vecdot(grad_x, wide).unsqueeze(-1)
         along.mul_(root.pow(3)).div_(x.shape[-1])
         return grad_x.mul_(root).addcmul_(wide, along, value=-1).to(x.dtype), None, None
 
 
-def _lean(module: Any, agreed: frozenset[torch.dtype]) -> Callable[..., Any]:
-    """Returns the forward of a norm, which leaves to the module's own what has not been tried.
+class _Lean:
+    """The forward of a norm, which leaves to the module's own what has not been tried. An object, so that a copy of the
+    model takes a copy of it.
 
     Args:
         module: the norm.
-        agreed: types of input for which it has been.
+        agreed: types of input for which it has been tried.
     """
-    own, tried, eps = module.forward, module.weight, _epsilon(module)
-    assert eps is not None
 
-    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, module: Any, agreed: frozenset[torch.dtype]) -> None:
+        eps = _epsilon(module)
+        assert eps is not None
+        self.module, self.tried, self.eps, self.agreed = module, module.weight, eps, agreed
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if (
             torch.compiler.is_compiling()
             or args
             or kwargs
-            or module.weight is not tried  # gathered from parts for this forward (FSDP), or another since
-            or tried.requires_grad
+            or self.module.weight is not self.tried  # gathered from parts for this forward (FSDP), or another since
+            or self.tried.requires_grad
             or type(x) is not Tensor
-            or x.dtype not in agreed
+            or x.dtype not in self.agreed
         ):
-            return own(x, *args, **kwargs)
-        return rms_norm(x, tried, eps)
-
-    return forward
+            return type(self.module).forward(self.module, x, *args, **kwargs)
+        return rms_norm(x, self.tried, self.eps)
 
 
 @torch.no_grad()
@@ -107,12 +109,15 @@ def _agreed(module: nn.Module) -> frozenset[torch.dtype]:
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.dim() != 1 or len(module._parameters) > 1:
         return frozenset()
     draw = torch.Generator("cpu").manual_seed(0)
-    stand_in = copy.copy(module)  # so that a trial shows in no hook, and works for a base without numbers
+    # A stand-in, so that a trial shows in no hook and works for a base without numbers. Not by `copy`: FSDP's classes
+    # make something else of that.
+    stand_in: Any = object.__new__(type(module))
+    stand_in.__dict__.update(module.__dict__)
     stand_in._parameters = {
         "weight": nn.Parameter(torch.randn(len(weight), generator=draw, device="cpu").to(weight.dtype), False)
     }
-    sizes_N11 = torch.tensor([1.0, eps**0.5, 30.0, 0.0])[:, None, None]
-    x_N2I = (torch.randn(4, 2, len(weight), generator=draw, device="cpu") + 0.5) * sizes_N11
+    sizes_N11 = torch.tensor([1.0, eps**0.5, 30.0, 1e4, 0.0])[:, None, None]
+    x_N2I = (torch.randn(5, 2, len(weight), generator=draw, device="cpu") + 0.5) * sizes_N11
     kinds = (torch.float32, *HALF)
     found = frozenset(kind for kind in kinds if _alike(stand_in, x_N2I.to(kind), eps))
     return found if torch.float32 in found else frozenset()  # half precision alone would take other norms for this one

@@ -121,12 +121,18 @@ def _attention(
     apart = (torch.split(one, lengths, dim=2) for one in (query_1HND, key_1GND, value_1GND))
     for query, key, value in zip(*apart, strict=True):
         mask = _band(query.shape[2], sliding_window, query.device)
-        plain = mask is None and not kwargs.get("dropout") and getattr(module, "is_causal", True)
-        if plain and attends_in_halves(query, key, value):
+        if mask is None and _plainly_causal(module, kwargs) and attends_in_halves(query, key, value):
             parts.append(half_attention(query, key, value, kwargs.get("scaling")).transpose(1, 2))
         else:
             parts.append(sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0])
     return torch.cat(parts, dim=1), None
+
+
+def _plainly_causal(module: nn.Module, asked: dict[str, Any]) -> bool:
+    """Whether no more is asked of an attention than to be causal, and scaled."""
+    causal = asked.get("is_causal")
+    more = any(asked.get(name) is not None for name in ("position_bias", "softcap", "cache", "s_aux"))
+    return bool(getattr(module, "is_causal", True) if causal is None else causal) and not (more or asked.get("dropout"))
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from loramix.precision import without_autocast
+
 
 def token_logits(x_BTI: Tensor, w_EI: Tensor) -> Tensor:
     """Returns the scores of each token in fp32, (N, E).
@@ -37,6 +39,7 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_NI, w_EI = ctx.saved_tensors
-        grad_x = (grad_NE @ w_EI.float()).to(x_NI.dtype) if ctx.needs_input_grad[0] else None
-        grad_w = (grad_NE.T @ x_NI.float()).to(w_EI.dtype) if ctx.needs_input_grad[1] else None
+        with without_autocast(grad_NE):
+            grad_x = (grad_NE @ w_EI.float()).to(x_NI.dtype) if ctx.needs_input_grad[0] else None
+            grad_w = (grad_NE.T @ x_NI.float()).to(w_EI.dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_w

@@ -11,11 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from loramix.errors import ConfigError, ModelError
-from loramix.experts import LoraBank, fused_together, linear_sizes, one_expert
+from loramix.experts import LoraBank, linear_sizes, one_expert, outputs_of
 from loramix.experts.fold import delta, fold_problem, with_delta
 from loramix.methods import method_named
+from loramix.precision import without_autocast
 from loramix.routers import Site
-from loramix.routing import Call, Routing, RoutingContext
+from loramix.routing import Ahead, Call, Routing, RoutingContext
 from loramix.tuner.config import LoramixConfig
 from loramix.tuner.places import Place
 
@@ -124,10 +125,8 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
                 routing = call.carried[scope].expanded(call.rows)
             else:
                 outputs = partial(self.bank(adapter).each_output, x_BTI)
-                # Under autocast (bf16: true) a router's scores would be bf16, whatever it asks for. Shapes alone go by
-                # a processor's.
-                kind = "cpu" if x_BTI.is_meta else x_BTI.device.type
-                with torch.autocast(kind, enabled=False):
+                # Under autocast (bf16: true) a router's scores would be bf16, whatever it asks for.
+                with without_autocast(x_BTI):
                     routing = self.router(adapter)(x_BTI, call, scope, outputs)
             call.routings[scope] = routing if call.segments is None else replace(routing, segments=call.segments)
             self.context.passed(scope)
@@ -152,8 +151,8 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or adapter is None or adapter not in self.loramix_bank:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
-        if self.context.ahead and (ahead := self.context.ahead.pop(self.name, None)) is not None and ahead[0] is x:
-            return ahead[1]
+        if self.context.ahead and (ahead := self.context.ahead.pop(self.name, None)) is not None and ahead.is_for(x):
+            return ahead.y
         bank, place = self.bank(adapter), self.loramix_places[adapter]
         base_layer = partial(self.base_layer, *args, **kwargs) if args or kwargs else self.base_layer
         if place.scope is None:
@@ -177,19 +176,17 @@ class LoramixLinear(nn.Module, BaseTunerLayer):
         self, adapter: str, base_layer: Any, x: Tensor, x_BTI: Tensor, routing: Routing, call: Call | None
     ) -> Tensor:
         """Returns base_layer(x) with the delta; what followers make of the same x is kept for them."""
-        bank, shape = self.bank(adapter), (*x.shape[:-1], -1)
-        own = bank.operands(x_BTI, routing)
-        followers = [one for one in self.followers if one.follows(adapter, routed=call is not None)]
-        if followers and torch.is_grad_enabled():
-            parts = [(bank, base_layer, own)]
-            for one in followers:
-                its = routing if call is None else one.routing(adapter, x_BTI, call)
-                parts.append((one.bank(adapter), one.base_layer, one.bank(adapter).operands(x_BTI, its)))
-            if (outputs := fused_together(parts, x_BTI)) is not None:
-                for one, y_BTO in zip(followers, outputs[1:], strict=True):
-                    self.context.ahead[one.name] = (x, y_BTO.view(shape))
-                return outputs[0].view(shape)
-        return bank.applied(base_layer, x_BTI, own).view(shape)
+        followers: list[LoramixLinear] = []
+        if self.followers and torch.is_grad_enabled():
+            followers = [one for one in self.followers if one.follows(adapter, routed=call is not None)]
+        parts = [self.bank(adapter).part(base_layer, x_BTI, routing)]
+        for one in followers:
+            its = routing if call is None else one.routing(adapter, x_BTI, call)
+            parts.append(one.bank(adapter).part(one.base_layer, x_BTI, its))
+        own, *others = (y_BTO.view(*x.shape[:-1], y_BTO.shape[-1]) for y_BTO in outputs_of(parts, x_BTI))
+        for one, y in zip(followers, others, strict=True):
+            self.context.ahead[one.name] = Ahead.of(x, y)
+        return own
 
     def follows(self, adapter: str, routed: bool) -> bool:
         """Whether this module may be worked out beside a neighbour that is routed or not: an ordinary one, whose
