@@ -6,8 +6,8 @@
 The built-in base in fp32, eight experts of rank 8 on all linear layers, two rows of 256 tokens, half of each learned.
 Measured: CPU seconds of a step, median, the methods in turn, each followed by a prediction, whose median is shown; the
 peak of a step's tensors above those there before it. Predicted: from true steps on four and eight of its layers, with
-random weights, as a plan measures them; without what the measured step leaves out (modules that share inputs,
-clipping). Memory: the most bytes that are alive at any time.
+random weights, as a plan measures them; without clipping, which the measured step leaves out. Memory: the most bytes
+that are alive at any time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import time
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -30,12 +29,12 @@ from loramix.cli.output import quiet_libraries
 from loramix.experiment import build
 from loramix.methods import METHODS
 from loramix.models import load_skeleton
-from loramix.planning.dry_run import DryRun, dry_run
+from loramix.planning.dry_step import DryStep, long_row
 from loramix.planning.layers_again import checkpoint_layers
 from loramix.planning.plan import memory
-from loramix.planning.seconds import Amount, Stopwatch, Work
+from loramix.planning.seconds import Amount, Stopwatch
+from loramix.planning.work import Work
 from loramix.training.settings import TrainingSettings
-from loramix.training.while_learning import while_learning
 
 ROWS, LENGTH = 2, 256
 
@@ -53,7 +52,6 @@ def main() -> int:
     settings = TrainingSettings(
         max_steps=1,
         per_device_train_batch_size=ROWS,
-        shared_inputs=False,
         max_grad_norm=0.0,
         activation_checkpointing=asked.activation_checkpointing,
     )
@@ -82,19 +80,14 @@ def main() -> int:
     return 0
 
 
-def dry_of(model: Any, name: str, settings: TrainingSettings) -> DryRun:
-    """Returns the dry run of the batch."""
-    router = METHODS[name].router
-    told = router is not None and router.settled_by != "nothing"
-    with while_learning(model, settings, apart=False):
-        return dry_run(model, ROWS * LENGTH, ROWS * LENGTH // 2, LENGTH, settings.head_chunk, told, by_row=True)
+def dry_step(settings: TrainingSettings) -> DryStep:
+    """Returns the batch's step on shapes alone."""
+    return DryStep(settings, long_row(settings, ROWS * LENGTH, 0.5, LENGTH))
 
 
-def shapes_of(step: TrainingStep, settings: TrainingSettings) -> Any:
+def shapes_of(step: TrainingStep) -> Any:
     """Returns the model on the meta device."""
-    model = get_peft_model(load_skeleton().to(torch.float32), step.model.peft_config["default"]).train()
-    checkpoint_layers(model, settings)
-    return model
+    return get_peft_model(load_skeleton().to(torch.float32), step.model.peft_config["default"]).train()
 
 
 def predicted_seconds(name: str, step: TrainingStep, settings: TrainingSettings) -> float:
@@ -102,8 +95,8 @@ def predicted_seconds(name: str, step: TrainingStep, settings: TrainingSettings)
     content = {"method": "lora", "output_dir": "unused", "data": {"domains": {"a": "x"}}}
     watch = Stopwatch(build(content).experiment, step.examples)
     work = Work(step.model.peft_config["default"], settings, METHODS[name].losses, taught=True)
-    amount, dry = Amount(ROWS * LENGTH, ROWS * LENGTH // 2, steps=1), partial(dry_of, name=name, settings=settings)
-    seconds, note = watch.seconds(work, amount, dry(shapes_of(step, settings)), dry, ROWS * LENGTH)
+    amount, dry = Amount(ROWS * LENGTH, ROWS * LENGTH // 2, steps=1), dry_step(settings)
+    seconds, note = watch.seconds(work, amount, dry(shapes_of(step)), dry)
     if note:
         raise RuntimeError(note)
     return seconds
@@ -115,8 +108,8 @@ def row(
     """Returns one method's figures."""
     step.optimizer.zero_grad()
     peak = tensor_peak(step)
-    model = shapes_of(step, settings)
-    sizes = memory(dry_of(model, name, settings), model, settings, ROWS * LENGTH, 0.5, several=False)
+    model = shapes_of(step)
+    sizes = memory(dry_step(settings)(model), model, settings, ROWS * LENGTH, 0.5, several=False)
     mib = sizes["activations"] / 2**20  # weights and Adam's state were there before
     return {
         "name": name,

@@ -308,12 +308,15 @@ def test_layers_that_read_the_same_rows_agree_with_each_alone(dropped: bool, k: 
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_an_accelerator_does_not_go_through_rows_one_by_one():
+def test_an_accelerator_does_not_go_through_rows_one_by_one(monkeypatch: pytest.MonkeyPatch):
     segments = Segments.between(torch.tensor([0, 3, 8]), 8)
     ids, weights = torch.tensor([[1], [0]]), torch.rand(2, 1, requires_grad=True)
     routing = Routing(ids, weights, None, "sequence", torch.ones(2, dtype=torch.bool), segments=segments)
     narrow, wide = ((torch.empty(e, 8, 16), torch.empty(e, 16, 8)) for e in (8, 64))
     assert choose("auto", routing, *narrow) == choose("auto", routing, *wide) == "per_sequence"
+    # Shapes alone stand for the device that would train.
+    assert choose("auto", routing, *(one.to("meta") for one in narrow)) == "per_sequence"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert choose("auto", routing, *(one.to("meta") for one in narrow)) == "concat"
     assert choose("auto", routing, *(one.to("meta") for one in wide)) == "grouped"
     tensors = [torch.randn(*shape, requires_grad=True) for shape in ((1, 8, 16), (1, 8, 16), (2, 8, 16), (2, 16, 8))]

@@ -23,15 +23,16 @@ from loramix.data.padding_free import PaddingFreeCollator
 from loramix.data.prompts import Encoded
 from loramix.errors import ConfigError
 from loramix.experiment import build
-from loramix.models.segment_attention import segment_attention
 from loramix.planning import pace, timed_steps
-from loramix.planning.dry_run import DryRun, dry_run
+from loramix.planning.dry_run import DryRun, LongRow, dry_run
+from loramix.planning.dry_step import DryStep
 from loramix.planning.flops import counting
 from loramix.planning.layers_again import checkpoint_layers
 from loramix.planning.plan import largest_part, memory
 from loramix.segments import BORDERS
 from loramix.training.settings import TrainingSettings
 from loramix.training.supervised_loss import SupervisedLoss
+from loramix.training.while_learning import while_learning
 from tests import ended, tiny
 from tests import method_cases as cases
 
@@ -59,11 +60,13 @@ def _built(method: str, device: str, **other: Any) -> Any:
     return get_peft_model(base, LoramixConfig(method=method, **given)).train()
 
 
-def _real(model: Any, told: bool) -> dict[str, int]:
+def _real(model: Any, told: bool, settings: TrainingSettings) -> dict[str, int]:
     """What a true step of the same row counts."""
     batch = PaddingFreeCollator()([Example(Encoded([5] * LENGTH, [i >= PROMPT for i in range(LENGTH)], PROMPT), 0)])
     kept = {"input_ids", "position_ids", *BORDERS, *(["domain_ids", "prompt_mask"] if told else [])}
     asked = {name: value for name, value in batch.items() if name in kept}
+    if settings.bf16:  # as accelerate prepares a model
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     loss = SupervisedLoss(model, CHUNK)
 
     def step() -> None:
@@ -72,7 +75,7 @@ def _real(model: Any, told: bool) -> dict[str, int]:
         torch.autograd.backward([nll_B.sum(), *taught])
         model.zero_grad()
 
-    with segment_attention(model):
+    with while_learning(model, settings, apart=True):
         step()  # the head is tried
         with counting() as counter:
             step()
@@ -90,9 +93,9 @@ def _real(model: Any, told: bool) -> dict[str, int]:
     }
 
 
-def _planned(model: Any, told: bool, settings: TrainingSettings) -> tuple[DryRun, int]:
+def _planned(model: Any, settings: TrainingSettings) -> tuple[DryRun, int]:
     """The same row on shapes alone, and its bytes at the peak."""
-    dry = dry_run(model, LENGTH, LENGTH - PROMPT, 0, CHUNK, told=told, by_row=True)
+    dry = DryStep(settings, LongRow(LENGTH, LENGTH - PROMPT, 0, CHUNK, apart=True, bf16=settings.bf16))(model)
     return dry, memory(dry, model, settings, LENGTH, 1 - PROMPT / LENGTH, several=False)["activations"]
 
 
@@ -106,24 +109,38 @@ def test_a_dry_run_counts_what_a_step_counts(method: str, other: dict[str, Any],
     true, shapes = _built(method, "cpu", **other), _built(method, "meta", **other)
     for model in (true, shapes):
         checkpoint_layers(model, settings)
-    real = _real(true, told=method == "moa")
-    dry, peak = _planned(shapes, method == "moa", settings)
+    real = _real(true, method == "moa", settings)
+    dry, peak = _planned(shapes, settings)
     assert (dry.parameters, dry.trained) == (real["parameters"], real["trained"])
     assert dry.flops == pytest.approx(real["flops"], rel=0.01), "attention left out on both sides"
     assert (dry.flops > 1.3 * _once(method, other)) == again
-    # Without borders moa's experts are gathered for the row, which keeps one expert's weights again: little beside the
-    # tokens of a true base.
-    assert peak == pytest.approx(real["peak"], rel=0.07 if method == "moa" else 0.03)
+    assert peak == pytest.approx(real["peak"], rel=0.05 if method == "moa" else 0.03)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "run again"])
+@pytest.mark.parametrize("halves", [False, True], ids=["base in fp32", "base in bf16"])
+@pytest.mark.parametrize("method", ["lora", "moa", "mola", "mixlora"])
+def test_a_dry_run_in_autocast_holds_what_a_step_holds(method: str, halves: bool, again: bool):
+    settings = TrainingSettings(head_chunk=CHUNK, activation_checkpointing=again, bf16=True)
+    true, shapes = _built(method, "cpu"), _built(method, "meta")
+    for model in (true, shapes):
+        if halves:
+            tiny.in_halves(model)
+        checkpoint_layers(model, settings)
+    real = _real(true, method == "moa", settings)
+    dry, peak = _planned(shapes, settings)
+    assert dry.flops == pytest.approx(real["flops"], rel=0.01)
+    assert peak == pytest.approx(real["peak"], rel=0.1)
 
 
 def _once(method: str, other: dict[str, Any]) -> int:
     """FLOPs where no layer runs again."""
-    return _planned(_built(method, "meta", **other), method == "moa", TrainingSettings(head_chunk=CHUNK))[0].flops
+    return _planned(_built(method, "meta", **other), TrainingSettings(head_chunk=CHUNK))[0].flops
 
 
 def test_gradients_that_are_there_are_not_held_twice():
     model = _built("molora", "meta", **MANY)
-    first, later = (dry_run(model, 4, 2, 0, CHUNK, told=False, later=there) for there in (False, True))
+    first, later = (dry_run(model, LongRow(4, 2, 0, CHUNK), later=there) for there in (False, True))
     assert first.flops == later.flops
     assert first.peak_bytes > 4 * first.trained > 2 * later.peak_bytes, "its own gradients, one at a time"
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -136,7 +153,7 @@ def test_every_second_layer_runs_again():
         checkpoint_layers(
             model, TrainingSettings(activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
         )
-        flops.append(_planned(model, False, TrainingSettings())[0].flops - _once("lora", {}))
+        flops.append(_planned(model, TrainingSettings())[0].flops - _once("lora", {}))
     assert flops[1] == pytest.approx(2 * flops[0], rel=0.1)
 
 
@@ -166,21 +183,23 @@ def test_what_is_counted_by_hand():
 
 
 def test_attention_grows_with_the_rows_not_with_the_batch():
-    short, long = (dry_run(_built("lora", "meta"), 64, 32, row, 8, told=False).flops for row in (16, 32))
+    short, long = (dry_run(_built("lora", "meta"), LongRow(64, 32, row, 8)).flops for row in (16, 32))
     of_token = 4 * 64 * 4 // 2 * 3.5  # two products by heads x width, four layers, causal; backward 2.5 times
     assert long - short == pytest.approx(64 * 16 * of_token)
 
 
 def test_prompts_read_ahead_are_not_read_in_the_step():
     each, ahead = (
-        dry_run(_built("moa", "meta"), LENGTH, LENGTH - PROMPT, 0, 8, told=True, ahead=known) for known in (False, True)
+        dry_run(_built("moa", "meta"), LongRow(LENGTH, LENGTH - PROMPT, 0, 8), ahead=known) for known in (False, True)
     )
     linears = [
         m for m in tiny.llama(vocab=256, hidden=64, layers=4).model.layers.modules() if hasattr(m, "in_features")
     ]
     once = sum(2 * linear.weight.numel() for linear in linears)
     read = (each.flops - ahead.flops) / PROMPT
-    assert read == 3 / 4 * once, "the base's products for each token of a prompt, up to the last layer's router"
+    assert read == pytest.approx(3 / 4 * once, rel=1e-3), (
+        "the base's products for each token of a prompt, up to the last layer's router"
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +214,7 @@ def test_a_base_that_needs_numbers_is_a_line():
     model = _built("lora", "meta")
     model.get_base_model().get_input_embeddings().register_forward_hook(lambda _, __, out: out * float(out.sum()))
     with pytest.raises(ConfigError, match="does not run on shapes alone"):
-        dry_run(model, LENGTH, 4, 8, 8, told=False)
+        dry_run(model, LongRow(LENGTH, 4, 8, 8))
 
 
 def test_the_command_says_what_training_will_take(tmp_path: Path):

@@ -11,6 +11,6 @@ def without_autocast(like: Tensor) -> torch.autocast:
     `backward` under autocast would change their types.
 
     Args:
-        like: a tensor of the device in question; shapes alone (the meta device) know no autocast.
+        like: a tensor of the device in question; shapes alone (the meta device) go by a processor's autocast.
     """
     return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)

@@ -107,7 +107,10 @@ class Routing:
         return slots
 
     def id_lists(self) -> list[list[int]]:
-        """Returns each of the K choices of all places, as numbers; looked up once, which waits for the device."""
+        """Returns each of the K choices of all places, as numbers; looked up once, which waits for the device. Shapes
+        alone (the meta device) have none: the first expert everywhere."""
+        if self.weights.is_meta:
+            return [[0] * len(self.weights) for _ in range(self.weights.shape[1])]
         if "_id_lists" not in self.__dict__:
             self.__dict__["_id_lists"] = self.chosen().T.tolist()
         lists: list[list[int]] = self.__dict__["_id_lists"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,7 +51,11 @@ class Segments:
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
-        """Start and end of each row as numbers; waits for the device."""
+        """Start and end of each row as numbers; waits for the device. Shapes alone (the meta device) have none: rows of
+        one length."""
+        if self.of_token_N.is_meta:
+            ends = [len(self.of_token_N) * row // self.count for row in range(self.count + 1)]
+            return list(pairwise(ends))
         return list(zip(self.starts_B.tolist(), self.ends_B.tolist(), strict=True))
 
     def spread(self, values_BX: Tensor) -> Tensor:

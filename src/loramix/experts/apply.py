@@ -105,6 +105,11 @@ def per_sequence(
 BACKENDS: dict[str, Apply] = {"loop": loop, "concat": concat, "per_sequence": per_sequence, "grouped": grouped}
 
 
+def _on_processor(A_ERI: Tensor) -> bool:
+    """Whether rows are gone through on a processor; shapes alone stand for the device that would train."""
+    return A_ERI.device.type == "cpu" or (A_ERI.is_meta and not torch.accelerator.is_available())
+
+
 def _narrow_in_autocast(width: int) -> bool:
     return width < ROWS_FROM and torch.is_autocast_enabled("cpu")
 
@@ -122,7 +127,7 @@ def choose(backend: str, routing: Routing, A_ERI: Tensor, B_EOR: Tensor) -> str:
     num_experts, rank = max(A_ERI.shape[0], B_EOR.shape[0]), A_ERI.shape[1]
     chosen = routing.weights.shape[1]
     # Rows that lie one after the other are gone through one by one, which an accelerator would wait for.
-    by_rows = routing.segments is None or (A_ERI.device.type == "cpu" and not _narrow_in_autocast(num_experts * rank))
+    by_rows = routing.segments is None or (_on_processor(A_ERI) and not _narrow_in_autocast(num_experts * rank))
     if routing.level == "sequence" and by_rows:
         return "per_sequence" if chosen < num_experts else "concat"
     dtype = product_types(A_ERI, A_ERI).experts

@@ -87,9 +87,11 @@ class Layer:
 
 
 def product_types(x: Tensor, A_ERI: Tensor) -> Types:
-    """Returns the types of products: autocast's where it is on (shapes alone know none), else the operands' own."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        low = torch.get_autocast_dtype(x.device.type)
+    """Returns the types of products: autocast's where it is on (shapes alone go by a processor's), else the operands'
+    own."""
+    kind = "cpu" if x.is_meta else x.device.type
+    if torch.is_autocast_enabled(kind):
+        low = torch.get_autocast_dtype(kind)
         return Types(low, low)
     return Types(x.dtype, A_ERI.dtype)
 
@@ -114,7 +116,7 @@ def can_fuse(base_layer: object, x: Tensor, A_ERI: Tensor) -> bool:
 
 def _fit(x: Tensor, weight: Tensor, A_ERI: Tensor) -> bool:
     """Whether x goes with the frozen weight: both of one type, or both such as autocast turns into its own."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type):
         return all(one.is_floating_point() and one.dtype != torch.float64 for one in (x, weight, A_ERI))
     return x.dtype == weight.dtype
 

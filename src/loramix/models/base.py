@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,36 +136,6 @@ def load_skeleton(name: str = NAME) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(name))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(_not_found(name, error)) from error
-
-
-def load_few_layers(name: str, layers: Sequence[int], dtype: str, device: torch.device | str) -> Any:
-    """Returns the base with only some of its layers, frozen, with random weights: what it computes means nothing, how
-    long it takes does. None of its weights are read.
-
-    Args:
-        name: as of `load_base`.
-        layers: numbers of those that it keeps, ascending.
-        dtype: "float32", "bfloat16" or "float16".
-        device: where it is made; "meta" for shapes alone.
-
-    Raises:
-        ModelError: it cannot be found or made, or its settings name code and it is not trusted (`models/trust.py`).
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    where = _checked(name)
-    try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trusted(name))
-        text = config.get_text_config()
-        for setting, value in list(vars(text).items()):  # such as layer_types: a value for each layer
-            if "layer" in setting and isinstance(value, list) and len(value) == text.num_hidden_layers:
-                setattr(text, setting, [value[layer] for layer in layers])
-        text.num_hidden_layers = len(layers)
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trusted(name))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(_not_found(name, error)) from error
-    return model.requires_grad_(False)
 
 
 def _checked(name: str) -> str:

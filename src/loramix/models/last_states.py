@@ -46,8 +46,8 @@ def last_states(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def take(_: nn.Module, __: Any, output: Any) -> None:
         states_BTH: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        kind = states_BTH.device.type
-        if not states_BTH.is_meta and torch.is_autocast_enabled(kind):  # shapes alone know none
+        kind = "cpu" if states_BTH.is_meta else states_BTH.device.type  # shapes alone go by a processor's
+        if torch.is_autocast_enabled(kind):
             states_BTH = states_BTH.to(torch.get_autocast_dtype(kind))
         seen.append(states_BTH)
 

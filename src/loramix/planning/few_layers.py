@@ -9,50 +9,75 @@ import torch
 from peft import get_peft_model
 
 from loramix.experts import experts_per_layer
-from loramix.models import load_few_layers
-from loramix.settings import Experiment
+from loramix.models.few_layers import few_layers, layer_stack
+from loramix.tuner.fit import matched_modules
 
 
 class FewLayers:
     """Makes models with few of a base's layers.
 
-    Layers differ in their experts, and in whether they have any. Those that are kept are spread over all kinds of
-    them; the kind with the most experts is always there.
+    Layers differ in their experts, in whether they have any, and in their size (some have a mixture of the base's own).
+    Those that are kept are spread over all kinds of them; the kind with the most experts is always there.
 
     Args:
-        experiment: names the base and its type.
+        skeleton: the whole base without weights; not changed.
+        dtype: of its weights.
         config: the LoramixConfig of the whole base's adapter; not changed.
-        layers: of the whole base.
         taught: whether routers learn.
+
+    Raises:
+        ModelError: its layers cannot be told, or the adapter does not fit the base.
     """
 
-    def __init__(self, experiment: Experiment, config: Any, layers: int, taught: bool) -> None:
-        self.experiment, self.config, self.layers, self.taught = experiment, config, layers, taught
-        counts = experts_per_layer(config.allocation, config.num_experts, layers)
-        given = config.layers_to_transform
-        adapted = set(range(layers)) if given is None else {given} if isinstance(given, int) else set(given)
-        self.experts = [counts[layer] if layer in adapted else 0 for layer in range(layers)]
+    def __init__(self, skeleton: Any, dtype: torch.dtype, config: Any, taught: bool) -> None:
+        self.skeleton, self.dtype, self.config, self.taught = skeleton, dtype, config, taught
+        self._stack = layer_stack(skeleton)
+        stack = skeleton.get_submodule(self._stack)
+        self.layers = len(stack)
+        self._matched = matched_modules(skeleton, copy.copy(config))
+        counts = experts_per_layer(config.allocation, config.num_experts, self.layers)
+        adapted = {self._layer_of(name) for name in self._matched}
+        self.experts = [counts[layer] if layer in adapted else 0 for layer in range(self.layers)]
+        self._sizes = [sum(one.numel() for one in layer.parameters()) for layer in stack]
 
     def chosen(self, number: int) -> list[int]:
         """Returns so many layers, ascending."""
-        by_experts = sorted(range(self.layers), key=lambda layer: (self.experts[layer], layer))
-        return sorted(by_experts[(place + 1) * self.layers // number - 1] for place in range(number))
+        by_kind = sorted(range(self.layers), key=lambda layer: (self.experts[layer], self._sizes[layer], layer))
+        return sorted(by_kind[(place + 1) * self.layers // number - 1] for place in range(number))
 
     def model(self, number: int, device: torch.device | str) -> Any:
         """Returns a PeftModel of so many layers in training mode, with random weights; "meta" for shapes alone."""
         chosen = self.chosen(number)
-        base = load_few_layers(self.experiment.model_name_or_path, chosen, self.experiment.dtype, device)
+        base = few_layers(self.skeleton, chosen, self.dtype, device)
         return without_taught_routers(get_peft_model(base, self._config(chosen)).train(), self.taught)
 
     def _config(self, chosen: list[int]) -> Any:
         config = copy.deepcopy(self.config)
         if config.allocation not in (None, "uniform"):
             config.allocation = [max(1, self.experts[layer]) for layer in chosen]
-        if config.layers_to_transform is not None:
-            config.layers_to_transform = [place for place, layer in enumerate(chosen) if self.experts[layer]]
+        # Layers have other numbers now, and patterns may go by numbers: the modules are named one by one.
+        config.target_modules = self._targets(chosen)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         if str(config.decision).startswith("layer:"):  # that layer may be missing, and training does not ask
             config.decision = "last"
         return config
+
+    def _targets(self, chosen: list[int]) -> set[str]:
+        """Returns the adapted modules that are left, by their new names."""
+        targets = set()
+        for name in self._matched:
+            layer = self._layer_of(name)
+            if layer is None:
+                targets.add(name)
+            elif layer in chosen:
+                before = f"{self._stack}.{layer}."
+                targets.add(f"{self._stack}.{chosen.index(layer)}.{name.removeprefix(before)}")
+        return targets
+
+    def _layer_of(self, name: str) -> int | None:
+        """Returns the number of the layer that a module is in; None for one outside."""
+        before = f"{self._stack}."
+        return int(name.removeprefix(before).partition(".")[0]) if name.startswith(before) else None
 
 
 def without_taught_routers(model: Any, taught: bool) -> Any:

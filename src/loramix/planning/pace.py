@@ -8,7 +8,7 @@ FLOPs. Weights are random, and none of the base's are read.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from loramix.models.larger import own_device
 from loramix.planning.dry_run import DryRun
 from loramix.planning.few_layers import FewLayers
 from loramix.planning.timed_steps import Times, timed_steps
+from loramix.planning.work import Work
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import bound_of
 
@@ -89,49 +90,45 @@ def typical_rows(examples: Sequence[Example], settings: TrainingSettings, most: 
 
 
 def measured(
-    few: FewLayers,
-    settings: TrainingSettings,
-    examples: Sequence[Example],
-    losses: Mapping[str, float],
-    ahead: bool,
-    whole: DryRun,
-    dry: Callable[[Any], DryRun],
-    in_dry: int,
+    few: FewLayers, work: Work, examples: Sequence[Example], whole: DryRun, dry: Callable[[Any], DryRun]
 ) -> Pace:
     """Returns the pace of a stage on this machine, as its processor would be alone with it.
 
     Args:
         few: makes the models.
-        settings: of the stage.
+        work: what is trained.
         examples: to be learned.
-        losses: auxiliary losses with their weights.
-        ahead: whether prompts are read before the stage.
         whole: the whole model's dry run.
         dry: the same of another model.
-        in_dry: tokens of a dry run.
 
     Raises:
         ConfigError: not even two layers fit into memory.
         Exception: whatever a base that is not like others raises.
     """
-    a_layer = (whole.parameters - dry(few.model(1, "meta")).parameters) / max(1, few.layers - 1)
-    rows = typical_rows(examples, settings, max(1, int(MOST_TOKENS * min(1, LARGE / max(1, a_layer)))))
+    in_one = sum(one.numel() for one in few.model(1, "meta").parameters())
+    a_layer = (whole.parameters - in_one) / max(1, few.layers - 1)
+    rows = typical_rows(examples, work.settings, max(1, int(MOST_TOKENS * min(1, LARGE / max(1, a_layer)))))
     barely, count = [_barely(row) for row in rows], sum(row.length for row in rows)
-    (short, seen), (long, seen_long) = _sizes(few, dry, count / in_dry, large=a_layer > LARGE)
-    times = partial(timed_steps, settings, losses, ahead)
-    one, other = _in_turn(few, (short, long), [[barely, rows], [barely]], times)
+    sizes = _sizes(few, dry, count, large=a_layer > LARGE)
+    times = _in_turn(few, list(sizes), [[barely, rows], [barely]], partial(timed_steps, work))
+    one, other, short, long = times[0], times[-1], sizes[min(sizes)], sizes[max(sizes)]
     little, learned = (sum(row.supervised_tokens for row in batch) for batch in (barely, rows))
     of_learned = max(0.0, one.learning[1] - one.learning[0]) / max(1, learned - little)
-    of_flop = 0.0
-    if long > short:
-        further = (seen_long.flops - seen.flops) / in_dry * count
-        of_flop = max(0.0, other.learning[0] - one.learning[0]) / further
+    further = (long.flops_per_token - short.flops_per_token) * count
+    of_flop = max(0.0, other.learning[0] - one.learning[0]) / further if further else 0.0
     of_token = max(0.0, one.learning[0] - little * of_learned) / count
-    return Pace(of_token, seen.flops / in_dry, of_flop, of_learned, other.update / max(1, other.trained))
+    return Pace(of_token, short.flops_per_token, of_flop, of_learned, other.update / max(1, other.trained))
 
 
-def _sizes(few: FewLayers, dry: Callable[[Any], DryRun], share: float, large: bool) -> list[tuple[int, DryRun]]:
-    """Returns the layers of the two models that are measured, and their dry runs.
+def _sizes(few: FewLayers, dry: Callable[[Any], DryRun], tokens: int, large: bool) -> dict[int, DryRun]:
+    """Returns the layers of the two models that are measured, ascending, and their dry runs; a base of one layer is one
+    model.
+
+    Args:
+        few: makes the models.
+        dry: their dry run.
+        tokens: of a measured step.
+        large: whether layers are.
 
     Raises:
         ConfigError: none are small enough for the memory.
@@ -140,10 +137,11 @@ def _sizes(few: FewLayers, dry: Callable[[Any], DryRun], share: float, large: bo
     if not large:
         sizes.insert(0, (SHORT, LONG) if few.layers >= LONG else (1, few.layers))
     for both in sizes:
-        runs = [dry(few.model(layers, "meta")) for layers in both]
-        needed, free = sum(one.weight_bytes + 16 * one.trained for one in runs) + share * runs[1].peak_bytes, _free()
-        if needed <= free / 2:
-            return list(zip(both, runs, strict=True))
+        runs = {layers: dry(few.model(layers, "meta")) for layers in both}
+        of_steps = max(one.peak_bytes * tokens / one.tokens for one in runs.values())
+        needed = of_steps + sum(one.weight_bytes + 16 * one.trained for one in runs.values())
+        if needed <= (free := _free()) / 2:
+            return runs
     raise ConfigError(f"a few layers take {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free")
 
 
@@ -159,12 +157,12 @@ def _free() -> int:
 def _in_turn(
     few: FewLayers, sizes: Sequence[int], batches: Sequence[Any], timed: Callable[[Any, Any], Times]
 ) -> list[Times]:
-    """Returns the best times of models of so many layers, measured in turn, since a shared machine is faster at one
-    time than at another."""
+    """Returns the best times of models of so many layers, each with batches of its own, measured in turn, since a
+    shared machine is faster at one time than at another."""
     models = [few.model(layers, own_device()) for layers in sizes]
     times: list[Times] = []
     for _ in range(TURNS):
-        now = [timed(model, rows) for model, rows in zip(models, batches, strict=True)]
+        now = [timed(model, rows) for model, rows in zip(models, batches, strict=False)]
         times = [one.best(other) for one, other in zip(times or now, now, strict=True)]
     del models
     gc.collect()  # trainers know themselves

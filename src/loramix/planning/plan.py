@@ -17,15 +17,16 @@ from loramix.corpus import Encoded
 from loramix.data.collation import Example
 from loramix.methods import method_named
 from loramix.models import load_skeleton
-from loramix.planning.dry_run import DryRun, dry_run
+from loramix.planning.dry_run import DryRun
+from loramix.planning.dry_step import DryStep, long_row
 from loramix.planning.few_layers import without_taught_routers
 from loramix.planning.kept_random import kept_random
-from loramix.planning.layers_again import checkpoint_layers
-from loramix.planning.seconds import Amount, Stopwatch, Work
+from loramix.planning.seconds import Amount, Stopwatch
+from loramix.planning.work import Work
 from loramix.settings import Experiment
+from loramix.training.reading_ahead import reads_base
 from loramix.training.settings import TrainingSettings
 from loramix.training.smaller_batches import bound_of
-from loramix.training.while_learning import while_learning
 
 GRADIENT_BYTES, ADAM_BYTES = 4, 8
 """A gradient, and Adam's two moments, of each trained number, fp32."""
@@ -146,27 +147,19 @@ def _planned(experiment: Experiment, training: _Training, examples: Sequence[Exa
     skeleton = load_skeleton(experiment.model_name_or_path).to(getattr(torch, experiment.dtype))
     config = copy.deepcopy(training.config)  # PEFT writes the modules it finds into it
     model = without_taught_routers(get_peft_model(skeleton, config).train(), training.taught)
-    checkpoint_layers(model, settings)
-    router = method_named(training.config.method).router
-    told = router is not None and router.settled_by != "nothing"
-    by_row = settings.padding_free and not torch.accelerator.is_available()
     row = round(sum(lengths) / len(lengths))
-    as_learned = (longest, max(1, round(longest * learned)), row, settings.head_chunk, told, by_row)
-
-    def run(model: Any, ahead: bool = False) -> DryRun:
-        with while_learning(model, settings, apart=False):  # attention is the dry run's own
-            return dry_run(model, *as_learned, ahead=ahead, later=several)
-
-    seen, once = run(model), 0.0
-    ahead = told and settings.read_ahead and tokens > sum(lengths)
+    dry = DryStep(settings, long_row(settings, longest, learned, row), later=several)
+    seen, once = dry(model), 0.0
+    ahead = reads_base(model) and settings.read_ahead and tokens > sum(lengths)
     if ahead:  # prompts are read once, not in every epoch
-        every_time, seen = seen, run(model, ahead=True)
-        once = (every_time.flops - seen.flops) * sum(lengths) / longest
-    flops = seen.flops / longest * tokens + once
+        dry, every_time = replace(dry, ahead=True), seen
+        seen = dry(model)
+        once = (every_time.flops_per_token - seen.flops_per_token) * sum(lengths)
+    flops = seen.flops_per_token * tokens + once
     per_step = row * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     work = Work(training.config, settings, training.losses, training.taught, ahead)
     amount = Amount(tokens, tokens * learned, tokens / per_step, once)
-    seconds, note = watch.seconds(work, amount, seen, partial(run, ahead=ahead), longest)
+    seconds, note = watch.seconds(work, amount, seen, dry)
     return StagePlan(
         stage=training.stage,
         parameters=seen.parameters,

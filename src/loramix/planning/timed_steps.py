@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loramix.data.collation import Example
+from loramix.planning.work import Work
 from loramix.training.arguments import training_arguments
 from loramix.training.reading_ahead import read_ahead
-from loramix.training.settings import TrainingSettings
 from loramix.training.stages import layout
 from loramix.training.trainer import MixtureTrainer
 
@@ -30,8 +31,8 @@ class Times:
     """The best of a few repetitions, in seconds.
 
     Attributes:
-        learning: each kind of batch: collating, forward, losses, backward, clipping.
-        update: the optimizer's part of a step.
+        learning: each kind of batch: collating, forward, losses, backward.
+        update: what is done once a step: clipping, and the optimizer's part.
         trained: numbers that it changes.
     """
 
@@ -45,26 +46,19 @@ class Times:
         return Times(learning, min(self.update, other.update), self.trained)
 
 
-def timed_steps(
-    settings: TrainingSettings,
-    losses: Mapping[str, float],
-    ahead: bool,
-    model: Any,
-    batches: Sequence[Sequence[Example]],
-) -> Times:
+def timed_steps(work: Work, model: Any, batches: Sequence[Sequence[Example]]) -> Times:
     """Returns how long steps on batches take, which are learned in turn.
 
     Args:
-        settings: of the stage; but a step is one batch, learned at once.
-        losses: auxiliary losses with their weights.
-        ahead: whether prompts are read before, if the routers allow it.
+        work: of the stage; but a step is one batch, learned at once. Prompts are read before it only if the routers
+            allow it.
         model: a PeftModel in training mode, of no use afterwards.
         batches: rows of each, as many in one as in another.
     """
     rows = [replace(row, place=place) for place, row in enumerate(row for batch in batches for row in batch)]
     # More epochs than one, so that reading ahead pays where it is asked for.
     stage = replace(
-        settings,
+        work.settings,
         max_steps=MOST * len(batches),
         per_device_train_batch_size=len(batches[0]),
         gradient_accumulation_steps=1,
@@ -75,7 +69,7 @@ def timed_steps(
         dataloader_num_workers=0,
         logging_steps=10**6,
         save_steps=0,
-        read_ahead=ahead,
+        read_ahead=work.ahead,
     )
     pad = model.config.get_text_config().pad_token_id
     pad = pad if isinstance(pad, int) else 0
@@ -88,7 +82,7 @@ def timed_steps(
             settings=stage,
             domains=domains,
             sampler=SequentialSampler(range(len(rows) * MOST)),
-            auxiliary=losses,
+            auxiliary=work.losses,
             kinds=[number * 2 // len(domains) for number in range(len(domains))],
             args=training_arguments(stage, folder),
             train_dataset=rows * MOST,
@@ -98,6 +92,15 @@ def timed_steps(
         )
         trainer.pop_callback(PrinterCallback)
         trainer.add_callback(clock)
+        learn: Callable[..., Tensor] = trainer.training_step
+
+        def learn_by_the_clock(*args: Any) -> Tensor:
+            loss = learn(*args)
+            clock.learned()
+            return loss
+
+        # No callback comes between gradients and their clipping.
+        trainer.training_step = learn_by_the_clock  # type: ignore[method-assign, assignment]
         with forms:
             trainer.train()
     return Times(
@@ -131,9 +134,8 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         self.learning = [[] for _ in range(self.kinds)]
         self.begun, self.last = time.monotonic(), self.now()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def learned(self) -> None:
+        """To be called when a batch's gradients are there."""
         learned = self.now()
         self.learning[len(self.updates) % self.kinds].append(learned - self.last)
         self.last = learned

@@ -32,7 +32,7 @@ def read_ahead(
         processes: that train together.
         pad_token_id: of the base.
     """
-    if not (settings.read_ahead and _reads_base(model)):
+    if not (settings.read_ahead and reads_base(model)):
         return None
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * processes
     seen = settings.max_steps * rows if settings.max_steps > 0 else settings.num_train_epochs * len(examples)
@@ -42,7 +42,8 @@ def read_ahead(
     return prompt_states(model, prompts, pad_token_id=pad_token_id)
 
 
-def _reads_base(model: nn.Module) -> bool:
+def reads_base(model: nn.Module) -> bool:
+    """Returns whether a model has routers that take in what its base alone makes of prompts."""
     mixture = _mixture(model)
     return mixture is not None and mixture.settled_by == "prompt" and mixture.reads_base and bool(mixture.doors)
 
