@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/plan_error.py [--methods lora moa mosld mola mixlora] [--rounds 3] [--json]
     OMP_NUM_THREADS=1 python benchmarks/plan_error.py --activation-checkpointing
+    OMP_NUM_THREADS=1 python benchmarks/plan_error.py --bf16
 
-The built-in base in fp32, eight experts of rank 8 on all linear layers, two rows of 256 tokens, half of each learned.
-Measured: CPU seconds of a step, median, the methods in turn, each followed by a prediction, whose median is shown; the
-peak of a step's tensors above those there before it. Predicted: from true steps on four and eight of its layers, with
-random weights, as a plan measures them; without clipping, which the measured step leaves out. Memory: the most bytes
-that are alive at any time.
+The built-in base in fp32 (with --bf16 in bfloat16, products in autocast), eight experts of rank 8 on all linear layers,
+two rows of 256 tokens, half of each learned. Measured: CPU seconds of a step, median, the methods in turn, each
+followed by a prediction, whose median is shown; the peak of a step's tensors above those there before it. Predicted:
+from true steps on four and eight of its layers, with random weights, as a plan measures them; without clipping, which
+the measured step leaves out. Memory: the most bytes that are alive at any time.
 """
 
 from __future__ import annotations
@@ -44,16 +45,19 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=["lora", "moa", "mosld", "mola", "mixlora"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--activation-checkpointing", action="store_true", help="layers run again in the backward")
+    parser.add_argument("--bf16", action="store_true", help="base in bfloat16, products in autocast")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     quiet_libraries()
-    base = load_base()
-    steps = {name: TrainingStep(base, Point(method=name, rows=ROWS, length=LENGTH)) for name in asked.methods}
+    base = load_base(dtype="bfloat16" if asked.bf16 else "float32")
+    points = {name: Point(method=name, rows=ROWS, length=LENGTH, bf16=asked.bf16) for name in asked.methods}
+    steps = {name: TrainingStep(base, point) for name, point in points.items()}
     settings = TrainingSettings(
         max_steps=1,
         per_device_train_batch_size=ROWS,
         max_grad_norm=0.0,
         activation_checkpointing=asked.activation_checkpointing,
+        bf16=asked.bf16,
     )
     for step in steps.values():
         checkpoint_layers(step.model, settings)
@@ -85,18 +89,20 @@ def dry_step(settings: TrainingSettings) -> DryStep:
     return DryStep(settings, long_row(settings, ROWS * LENGTH, 0.5, LENGTH))
 
 
-def shapes_of(step: TrainingStep) -> Any:
+def shapes_of(step: TrainingStep, settings: TrainingSettings) -> Any:
     """Returns the model on the meta device."""
-    return get_peft_model(load_skeleton().to(torch.float32), step.model.peft_config["default"]).train()
+    kind = torch.bfloat16 if settings.bf16 else torch.float32
+    return get_peft_model(load_skeleton().to(kind), step.model.peft_config["default"]).train()
 
 
 def predicted_seconds(name: str, step: TrainingStep, settings: TrainingSettings) -> float:
     """Returns a plan's seconds of one step, measured anew."""
-    content = {"method": "lora", "output_dir": "unused", "data": {"domains": {"a": "x"}}}
+    kind = "bfloat16" if settings.bf16 else "float32"
+    content = {"method": "lora", "output_dir": "unused", "dtype": kind, "data": {"domains": {"a": "x"}}}
     watch = Stopwatch(build(content).experiment, step.examples)
     work = Work(step.model.peft_config["default"], settings, METHODS[name].losses, taught=True)
     amount, dry = Amount(ROWS * LENGTH, ROWS * LENGTH // 2, steps=1), dry_step(settings)
-    seconds, note = watch.seconds(work, amount, dry(shapes_of(step)), dry)
+    seconds, note = watch.seconds(work, amount, dry(shapes_of(step, settings)), dry)
     if note:
         raise RuntimeError(note)
     return seconds
@@ -108,7 +114,7 @@ def row(
     """Returns one method's figures."""
     step.optimizer.zero_grad()
     peak = tensor_peak(step)
-    model = shapes_of(step)
+    model = shapes_of(step, settings)
     sizes = memory(dry_step(settings)(model), model, settings, ROWS * LENGTH, 0.5, several=False)
     mib = sizes["activations"] / 2**20  # weights and Adam's state were there before
     return {
