@@ -1,8 +1,8 @@
 """Dropout on the experts' input: one mask for all experts of a module, kept as one byte for each number.
 
 The frozen layer and the router see all of x. `nn.Dropout` draws a double for each number, keeps a mask of x's own size
-and type and the product beside it; with five percent dropped that is a quarter of a step on a processor
-(docs/log.md).
+and type and the product beside it; with five percent dropped that is a tenth to a third of a step
+on a processor (docs/log.md).
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ class TrainingSettings:
 
     `shared_inputs` works modules out together that read the same input (q, k, v; gate, up): one product for all their
     experts' A, one gradient of that input, one dropout mask. Sums differ in their last bits, dropout in what it drops.
+    Not under `torch_compile`.
 
     `lean_norms` computes frozen RMSNorms in fewer passes, sums then differ in their last bits; `lean_activations`
     keeps less of blocks of silu(gate) * up for the backward, with the same numbers. Both where the base has such (it is
