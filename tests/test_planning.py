@@ -246,7 +246,8 @@ def test_the_command_says_what_training_will_take(tmp_path: Path):
         assert other["flops_per_token"] > one["flops_per_token"]
         assert other["memory_bytes"]["activations"] < one["memory_bytes"]["activations"]
     shown = CliRunner().invoke(app, ["validate", str(file), "--plan", "controls=[]"])
-    assert "MFLOP" in shown.output
+    assert "MFLOP each" in shown.output
+    assert "MiB at the peak: weights " in shown.output
     assert "all training: " in shown.output
     wrong = CliRunner().invoke(app, ["validate", str(file), "--plan", "adapter.r=0", "training.seed=-1"])
     assert wrong.exit_code != 0

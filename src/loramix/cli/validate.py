@@ -72,19 +72,22 @@ def planned(experiment: Experiment) -> list[StagePlan]:
 
 
 def show(stages: Sequence[StagePlan], console: Console) -> None:
-    """Prints the plan as a table."""
+    """Prints the plan, stage by stage: a table of so many numbers does not fit a window."""
     import torch
-    from rich.table import Table
 
     if not stages:
         console.print("# no stage of this method takes gradient steps with experts: nothing to plan", highlight=False)
         return
-    table = Table("stage", "trained", "of", "tokens", "MFLOP a token", "weights", "training", "activations", "time")
     for one in stages:
-        sizes = [f"{size / 2**20:,.0f} MiB" for size in one.memory_bytes.values()]
-        numbers = [f"{number:,}" for number in (one.trained, one.parameters, one.tokens)]
-        table.add_row(one.stage, *numbers, f"{one.flops_per_token / 1e6:,.0f}", *sizes, f"{one.seconds / 60:,.1f} min")
-    console.print(table)
+        parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in one.memory_bytes.items())
+        lines = (
+            one.stage,
+            f"  parameters  {one.trained:,} trained of {one.parameters:,}",
+            f"  tokens      {one.tokens:,}, {one.flops_per_token / 1e6:,.0f} MFLOP each",
+            f"  memory      {sum(one.memory_bytes.values()) / 2**20:,.0f} MiB at the peak: {parts}",
+            f"  time        {one.seconds / 60:,.1f} min",
+        )
+        console.print("\n".join(lines), highlight=False, markup=False)
     console.print(f"# all training: {sum(one.seconds for one in stages) / 60:,.1f} min", highlight=False)
     for one in stages:
         if one.note:
