@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loramix.precision import without_autocast
+from loramix.precision import autocast_type, keeps_types, without_autocast
 
 
 class Types(NamedTuple):
@@ -87,13 +87,9 @@ class Layer:
 
 
 def product_types(x: Tensor, A_ERI: Tensor) -> Types:
-    """Returns the types of products: autocast's where it is on (shapes alone go by a processor's), else the operands'
-    own."""
-    kind = "cpu" if x.is_meta else x.device.type
-    if torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
-        return Types(low, low)
-    return Types(x.dtype, A_ERI.dtype)
+    """Returns the types of products: autocast's where it is on, else the operands' own."""
+    low = autocast_type(x)
+    return Types(x.dtype, A_ERI.dtype) if low is None else Types(low, low)
 
 
 def can_fuse(base_layer: object, x: Tensor, A_ERI: Tensor) -> bool:
@@ -116,7 +112,7 @@ def can_fuse(base_layer: object, x: Tensor, A_ERI: Tensor) -> bool:
 
 def _fit(x: Tensor, weight: Tensor, A_ERI: Tensor) -> bool:
     """Whether x goes with the frozen weight: both of one type, or both such as autocast turns into its own."""
-    if torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type):
+    if autocast_type(x) is not None:
         return all(one.is_floating_point() and one.dtype != torch.float64 for one in (x, weight, A_ERI))
     return x.dtype == weight.dtype
 
@@ -179,12 +175,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @keeps_types
     def backward(ctx: Any, *grads_J: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grads_J[0]):
-            return _Fused._backward(ctx, grads_J)
-
-    @staticmethod
-    def _backward(ctx: Any, grads_J: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         way, types, count = ctx.way, ctx.types, len(ctx.scalings)
         x_NI, drop_NI, *saved = ctx.saved_tensors
         codes, downs, ups, gates_J, weights = (saved[start : start + count] for start in range(0, 5 * count, count))

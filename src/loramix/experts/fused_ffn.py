@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from loramix.experts.by_channel import ByChannel, gated, ungated, up
 from loramix.experts.fused import Types, left, product_types, through
-from loramix.precision import without_autocast
+from loramix.precision import keeps_types, without_autocast
 from loramix.routing import Routing
 
 
@@ -124,12 +124,8 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @keeps_types
     def backward(ctx: Any, grad_KNF: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad_KNF):
-            return _Expand._backward(ctx, grad_KNF)
-
-    @staticmethod
-    def _backward(ctx: Any, grad_KNF: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, drop_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX = ctx.saved_tensors
         types, sizes = ctx.types, (len(A_ERI), len(B_EFR))
         low_ERI, up_XF = A_ERI.to(types.experts), up(B_EFR).to(types.experts)
@@ -182,12 +178,8 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @keeps_types
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad_NO):
-            return _Contract._backward(ctx, grad_NO)
-
-    @staticmethod
-    def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         inner_KNF, drop_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX = ctx.saved_tensors
         types, sizes = ctx.types, (len(A_ERF), len(B_EOR))
         own_NO, low_ERF = grad_NO.to(types.experts), A_ERF.to(types.experts)

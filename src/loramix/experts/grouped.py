@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loramix.experts.fused import product_types
-from loramix.precision import without_autocast
+from loramix.precision import keeps_types, without_autocast
 from loramix.routing import ExpertOrder, Routing
 
 
@@ -84,12 +84,8 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @keeps_types
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad_NO):
-            return _Grouped._backward(ctx, grad_NO)
-
-    @staticmethod
-    def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once: activation checkpointing gives them once
         x_NI, A_ERI, B_EOR, weights_M, code_MR = (one.to(ctx.low) for one in saved)
         order, scaling = ctx.order, ctx.scaling

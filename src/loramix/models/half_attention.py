@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-HALVES = (torch.bfloat16, torch.float16)
+from loramix.precision import HALVES
+
 aten = torch.ops.aten
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loramix.models.head import head_can_choose
 from loramix.models.larger import is_dealt_out
+from loramix.precision import autocast_type
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
@@ -46,10 +47,7 @@ def last_states(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def take(_: nn.Module, __: Any, output: Any) -> None:
         states_BTH: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        kind = "cpu" if states_BTH.is_meta else states_BTH.device.type  # shapes alone go by a processor's
-        if torch.is_autocast_enabled(kind):
-            states_BTH = states_BTH.to(torch.get_autocast_dtype(kind))
-        seen.append(states_BTH)
+        seen.append(states_BTH.to(autocast_type(states_BTH) or states_BTH.dtype))
 
     hook = base.get_decoder().register_forward_hook(take)
     try:

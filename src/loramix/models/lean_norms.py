@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loramix.models.forwards import other_forwards, own_forward
-from loramix.precision import without_autocast
+from loramix.precision import HALVES, keeps_types
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 """What the attribute is called in the bases of transformers."""
-HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -51,7 +50,7 @@ def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
-        wide = x.float() if x.dtype in HALF else x
+        wide = x.float() if x.dtype in HALVES else x
         root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         root = root.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, root, weight_I)
@@ -60,13 +59,12 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @keeps_types
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, root, weight_I = ctx.saved_tensors
-        wide = x.float() if x.dtype in HALF else x
+        wide = x.float() if x.dtype in HALVES else x
         grad_x = grad.to(wide.dtype) * weight_I
-        # Of a user who calls backward under autocast: vecdot would be bf16.
-        with without_autocast(x):
-            along = torch.linalg.vecdot(grad_x, wide).unsqueeze(-1)
+        along = torch.linalg.vecdot(grad_x, wide).unsqueeze(-1)
         along.mul_(root.pow(3)).div_(x.shape[-1])
         return grad_x.mul_(root).addcmul_(wide, along, value=-1).to(x.dtype), None, None
 
@@ -118,7 +116,7 @@ def _agreed(module: nn.Module) -> frozenset[torch.dtype]:
     }
     sizes_N11 = torch.tensor([1.0, eps**0.5, 30.0, 1e4, 0.0])[:, None, None]
     x_N2I = (torch.randn(5, 2, len(weight), generator=draw, device="cpu") + 0.5) * sizes_N11
-    kinds = (torch.float32, *HALF)
+    kinds = (torch.float32, *HALVES)
     found = frozenset(kind for kind in kinds if _alike(stand_in, x_N2I.to(kind), eps))
     return found if torch.float32 in found else frozenset()  # half precision alone would take other norms for this one
 
@@ -133,7 +131,7 @@ def _alike(norm: Any, x: Tensor, eps: float) -> bool:
             return False
         if type(got) is not Tensor or got.shape != wanted.shape or got.dtype != wanted.dtype:
             return False
-        narrow = torch.finfo(norm.weight.dtype if norm.weight.dtype in HALF else x.dtype)
+        narrow = torch.finfo(norm.weight.dtype if norm.weight.dtype in HALVES else x.dtype)
         rounding = 2 * narrow.eps if narrow.bits == 16 else 2e-6
         if not torch.allclose(got.float(), wanted.float(), rtol=rounding, atol=1e-7):
             return False

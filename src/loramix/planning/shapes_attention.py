@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from loramix.errors import ConfigError
-from loramix.models.half_attention import HALVES
+from loramix.precision import HALVES
 
 NAME = "loramix_dry_run"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from loramix.precision import without_autocast
+from loramix.precision import HALVES, keeps_types
 
 
 def token_logits(x_BTI: Tensor, w_EI: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def token_logits(x_BTI: Tensor, w_EI: Tensor) -> Tensor:
         w_EI: the router's matrix.
     """
     x_NI = x_BTI.reshape(-1, x_BTI.shape[-1])
-    if x_NI.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
+    if x_NI.dtype in HALVES and not torch.compiler.is_compiling():
         logits_NE: Tensor = _Scores.apply(x_NI, w_EI)  # type: ignore[no-untyped-call]
         return logits_NE
     return F.linear(x_NI.float(), w_EI.float())
@@ -37,9 +37,9 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @keeps_types
     def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_NI, w_EI = ctx.saved_tensors
-        with without_autocast(grad_NE):
-            grad_x = (grad_NE @ w_EI.float()).to(x_NI.dtype) if ctx.needs_input_grad[0] else None
-            grad_w = (grad_NE.T @ x_NI.float()).to(w_EI.dtype) if ctx.needs_input_grad[1] else None
+        grad_x = (grad_NE @ w_EI.float()).to(x_NI.dtype) if ctx.needs_input_grad[0] else None
+        grad_w = (grad_NE.T @ x_NI.float()).to(w_EI.dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_w
