@@ -9,6 +9,7 @@ import pytest
 
 from loramix.errors import ConfigError
 from loramix.evaluation.chat_endpoint import Endpoint, endpoint_for
+from loramix.evaluation.judge import Answered
 from tests.fake_endpoint import ANSWERS, KEY, FakeEndpoint, endpoints, judge_at, score_reply, shown
 
 
@@ -48,7 +49,15 @@ def test_refusals_are_not_tried_again_and_say_what_to_do(fake, tmp_path, status,
     with pytest.raises(ConfigError, match=hint) as caught:
         judge_at(one, tmp_path).scores(ANSWERS)
     assert KEY not in str(caught.value)
-    assert len(one.bodies) < len(ANSWERS)
+    assert len(one.bodies) == 1
+
+
+def test_after_a_refusal_no_worker_sends_another_request(fake, tmp_path):
+    one = fake(lambda *_: (401, {}, {}))
+    many = [Answered(f"question {n}", "reference", "answer") for n in range(100)]
+    with pytest.raises(ConfigError, match="answered 401"):
+        judge_at(one, tmp_path, workers=4).scores(many)
+    assert len(one.bodies) <= 4
 
 
 def test_something_else_that_listens_there_is_told_from_a_chat_endpoint(fake, tmp_path):

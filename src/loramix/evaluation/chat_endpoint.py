@@ -189,10 +189,22 @@ class CachedChat:
     def _send_all(self, missing: Mapping[str, Request]) -> None:
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         headers = {"Authorization": f"Bearer {self.endpoint.key}"} if self.endpoint.key else {}
+        failed = threading.Event()
+
+        def send(client: httpx2.Client, name: str, request: Request) -> None:
+            # The worker stops itself: until this thread has seen the error, it would send what nobody waits for.
+            if failed.is_set():
+                return
+            try:
+                self._send(client, name, request)
+            except BaseException:
+                failed.set()
+                raise
+
         with httpx2.Client(headers=headers, timeout=self._timeout) as client:
             pool = ThreadPoolExecutor(self.workers)
             try:
-                waiting = [pool.submit(self._send, client, name, request) for name, request in missing.items()]
+                waiting = [pool.submit(send, client, name, request) for name, request in missing.items()]
                 for one in as_completed(waiting):
                     one.result()
             finally:
