@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def head_nll(states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk: int) -> Tensor:
@@ -43,16 +42,28 @@ class _HeadNll(torch.autograd.Function):
         bias_V = None if bias_V is None else bias_V.to(states_NH.dtype)
         nll_N = torch.empty(len(states_NH), dtype=torch.float32, device=states_NH.device)
         slopes_NH = torch.empty_like(states_NH) if wanted else None
+        # The same memory for all chunks: on a processor each anew would take longer to be had than to be worked on.
+        product_CV = states_NH.new_empty(min(chunk, len(states_NH)), len(weight_VH))
+        logits_CV = product_CV.float()
         for start in range(0, len(states_NH), chunk):
             part = slice(start, start + chunk)
-            targets_C = targets_N[part, None]
-            logits_CV = F.linear(states_NH[part], weight_VH, bias_V).float()
-            log_sum_C = logits_CV.logsumexp(dim=1, keepdim=True)
-            nll_N[part] = (log_sum_C - logits_CV.gather(1, targets_C)).squeeze(1)
+            states_CH, targets_C1 = states_NH[part], targets_N[part, None]
+            own_CV, wide_CV = product_CV[: len(states_CH)], logits_CV[: len(states_CH)]
+            if bias_V is None:
+                torch.mm(states_CH, weight_VH.T, out=own_CV)
+            else:
+                torch.addmm(bias_V, states_CH, weight_VH.T, out=own_CV)
+            if wide_CV.dtype != own_CV.dtype:
+                wide_CV.copy_(own_CV)
+            wide_CV.sub_(wide_CV.amax(dim=1, keepdim=True))
+            targeted_C1 = wide_CV.gather(1, targets_C1)
+            sum_C1 = wide_CV.exp_().sum(dim=1, keepdim=True)
+            nll_N[part] = (sum_C1.log() - targeted_C1).squeeze(1)
             if slopes_NH is not None:
-                softmax_CV = logits_CV.sub_(log_sum_C).exp_()
-                softmax_CV.scatter_add_(1, targets_C, torch.full_like(log_sum_C, -1.0))
-                slopes_NH[part] = softmax_CV.to(weight_VH.dtype) @ weight_VH
+                wide_CV.div_(sum_C1).scatter_add_(1, targets_C1, torch.full_like(sum_C1, -1.0))
+                if wide_CV.dtype != own_CV.dtype:
+                    own_CV.copy_(wide_CV)
+                torch.mm(own_CV, weight_VH, out=slopes_NH[part])
         ctx.save_for_backward(slopes_NH)
         return nll_N
 
