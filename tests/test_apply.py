@@ -87,8 +87,8 @@ def test_grouped_agrees_with_loop(share, k):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def _at_once(layer, x, drop, A, B, gates, scaling):
-    (out,) = fused([Layer(A, B, gates, scaling, layer)], x.flatten(0, 1), drop, ByChannel())
+def _at_once(layer, x, keep, A, B, gates, scaling):
+    (out,) = fused([Layer(A, B, gates, scaling, layer)], x.flatten(0, 1), keep, ByChannel())
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -134,11 +134,11 @@ def test_rows_of_narrow_experts_go_by_channel_in_autocast(rows):
 def test_fused_agrees_with_the_layer_and_the_loop(share, bias, dropped):
     (_, x, A, B), routing = _case(2, 5, (6, 4), 3, 2, 2, "token", share)
     layer = nn.Linear(6, 4, bias=bias, dtype=torch.float64).requires_grad_(False)
-    drop = torch.rand(x.shape) < 0.3 if dropped else None
-    kept = 1.0 if drop is None else 1.0 - drop.double()
+    keep = torch.rand(x.shape) < 0.7 if dropped else None
+    kept = 1.0 if keep is None else keep.double()
     _agree(
         lambda x, A, B, _: [
-            _at_once(layer, x, None if drop is None else drop.flatten(0, 1), A, B, gates_by_token(x, routing, 3), 1.7)
+            _at_once(layer, x, None if keep is None else keep.flatten(0, 1), A, B, gates_by_token(x, routing, 3), 1.7)
         ],
         lambda x, A, B, _: [loop(layer(x), x * kept, A, B, routing, 1.7)],
         (x, A, B, routing.weights),
@@ -154,13 +154,13 @@ def test_layers_that_read_the_same_agree_with_each_alone(share, dropped):
     layers = [nn.Linear(6, 4, dtype=torch.float64), nn.Linear(6, 7, bias=False, dtype=torch.float64)]
     for layer in layers:
         layer.requires_grad_(False)
-    drop = torch.rand(x.shape) < 0.3 if dropped else None
-    kept = 1.0 if drop is None else 1.0 - drop.double()
+    keep = torch.rand(x.shape) < 0.7 if dropped else None
+    kept = 1.0 if keep is None else keep.double()
 
     def together(x, A, B, C, D, *_):
         gates = [gates_by_token(x, one, 3) for one in (routing, other)]
         of_layers = [Layer(A, B, gates[0], 1.7, layers[0]), Layer(C, D, gates[1], 0.6, layers[1])]
-        outs = fused(of_layers, x.flatten(0, 1), None if drop is None else drop.flatten(0, 1), ByChannel())
+        outs = fused(of_layers, x.flatten(0, 1), None if keep is None else keep.flatten(0, 1), ByChannel())
         return [out.view(2, 5, -1) for out in outs]
 
     def alone(x, A, B, C, D, *_):
@@ -207,12 +207,12 @@ def test_fused_in_sixteen_bits_agrees_with_plain_backends(share, kinds):
 def test_input_dropout_drops_its_share_and_rests_outside_training():
     torch.manual_seed(0)
     dropout, x = InputDropout(0.05), torch.ones(400, 999)  # not a multiple of four numbers
-    drop = dropout.draw(x)
-    assert drop.shape == x.shape
-    assert float(drop.double().mean()) == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / x.numel()) ** 0.5)
+    keep = dropout.draw(x)
+    assert keep.shape == x.shape
+    assert float(keep.double().mean()) == pytest.approx(0.95, abs=4 * (0.05 * 0.95 / x.numel()) ** 0.5)
     for way in (0, 1):  # neither rows nor columns are dropped alike
-        assert float(drop.double().mean(dim=way).max()) < 0.25
-    assert not torch.equal(drop, dropout.draw(x)), "drawn anew"
+        assert float(keep.double().mean(dim=way).min()) > 0.75
+    assert not torch.equal(keep, dropout.draw(x)), "drawn anew"
     torch.manual_seed(1)
     first = dropout(x)
     torch.manual_seed(1)

@@ -72,12 +72,12 @@ def test_gate_dropout_with_a_known_mask(monkeypatch):
 def test_one_input_mask_for_all_experts_and_none_for_the_router(monkeypatch, name: str, backend: str):
     """Both layers' query projections drop the same inputs; the frozen part and the router see them all."""
     given, p = cases.batch(), 0.3
-    drop = torch.rand(2, 6, 8) < p
-    left = (~drop).double() / (1 - InputDropout(p).p)
+    keep = torch.rand(2, 6, 8) >= p
+    left = keep.double() / (1 - InputDropout(p).p)
     target = {"target_modules": ["q_proj"], "lora_dropout": p, "backend": backend}
     model = cases.build(name, dtype=torch.float64, **target).train()
     with monkeypatch.context() as patched:
-        patched.setattr(InputDropout, "draw", lambda *_: drop)
+        patched.setattr(InputDropout, "draw", lambda *_: keep)
         got = outcome_of(model, given, CASES[name].losses)
     change(monkeypatch, name, routed=("q_proj",))
     twin = cases.twin(name, model, given)

@@ -262,11 +262,11 @@ def test_rows_through_their_own_experts_agree_with_the_loop(share: str, dropped:
     ids = torch.stack([torch.randperm(experts, generator=draw)[:k] for _ in lengths])
     segments = Segments.between(torch.tensor([0, *lengths]).cumsum(0), 8)
     routing = Routing(ids, weights, None, "sequence", torch.ones(3, dtype=torch.bool), segments=segments)
-    drop = torch.rand(x.shape) < 0.5 if dropped else None
-    seen = x if drop is None else x.masked_fill(drop, 0.0)
+    keep = torch.rand(x.shape) < 0.5 if dropped else None
+    seen = x if keep is None else x.masked_fill(~keep, 0.0)
     layer = Layer(A, B, weights_by_token(routing, A), 1.7, base)
     ways = [
-        fused([layer], x[0], None if drop is None else drop[0], ByRows.of(routing))[0][None],
+        fused([layer], x[0], None if keep is None else keep[0], ByRows.of(routing))[0][None],
         by_segment(base(x), seen, A, B, routing, 1.7),
         loop(base(x), seen, A, B, routing, 1.7),
     ]
@@ -288,11 +288,11 @@ def test_layers_that_read_the_same_rows_agree_with_each_alone(dropped: bool, k: 
     segments = Segments.between(torch.tensor([0, 3, 4, 8]), 8)
     ids = torch.stack([torch.randperm(3, generator=draw)[:k] for _ in range(3)])
     routing = Routing(ids, weights, None, "sequence", torch.ones(3, dtype=torch.bool), segments=segments)
-    drop = torch.rand(x.shape) < 0.5 if dropped else None
-    seen = x if drop is None else x.masked_fill(drop, 0.0)
+    keep = torch.rand(x.shape) < 0.5 if dropped else None
+    seen = x if keep is None else x.masked_fill(~keep, 0.0)
     gates = weights_by_token(routing, x)
     layers = [Layer(A, B, gates, 1.7, base) for A, B, base in zip(experts[::2], experts[1::2], bases, strict=True)]
-    together = fused(layers, x[0], None if drop is None else drop[0], ByRows.of(routing))
+    together = fused(layers, x[0], None if keep is None else keep[0], ByRows.of(routing))
     alone = [
         loop(base(x), seen, A, B, routing, 1.7)[0]
         for A, B, base in zip(experts[::2], experts[1::2], bases, strict=True)

@@ -227,7 +227,7 @@ def test_dropout_is_the_plain_backends(method: str, together: bool, monkeypatch:
         if not self.training or self.p == 0:
             return None
         made = torch.Generator().manual_seed(x.shape[-1])
-        return masks.setdefault(x.shape, torch.rand(x.shape, generator=made) < self.p)
+        return masks.setdefault(x.shape, torch.rand(x.shape, generator=made) >= self.p)
 
     monkeypatch.setattr(InputDropout, "draw", draw)
     found = []

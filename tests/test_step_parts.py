@@ -1,4 +1,4 @@
-"""The profile tells the parts of a step apart, in fp32 and in autocast, and leaves no trace on what it watches."""
+"""The profile tells the parts of a step apart, in fp32 and in autocast, and leaves no trace; what dropout keeps."""
 
 from __future__ import annotations
 
@@ -102,3 +102,13 @@ def test_dropout_belongs_to_the_experts(monkeypatch: pytest.MonkeyPatch):
         without, dropped = _seen("mola", bf16), _seen("mola", bf16, dropout=0.5)
         assert dropped.parts["adapter"].total() > without.parts["adapter"].total()
         assert dropped.parts["base, other"] == without.parts["base, other"]
+
+
+@pytest.mark.parametrize(("dtype", "of_torch"), [(torch.float32, 4.0), (torch.bfloat16, 2.0)])
+def test_dropout_keeps_a_byte_for_each_number(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, of_torch: float):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import dropout_cost
+
+    found = dropout_cost.compared(64, 48, 0.1, dtype, 2)
+    assert (found["torch_kept"], found["loramix_kept"]) == (of_torch, 1.0)
+    assert found["torch_ms"] > 0 < found["loramix_ms"]

@@ -93,8 +93,8 @@ class LoraBank(nn.Module):
         A_ERI, B_EOR = self.matrices()
         if self._fuses(base_layer, x_BTI, routing, A_ERI, B_EOR):
             assert isinstance(base_layer, nn.Linear)
-            drop_BTI, scaling = self.dropout.draw(x_BTI), self.scaling * self.dropout.factor
-            return fused_ffn.expand(base_layer, x_BTI, drop_BTI, A_ERI, B_EOR, routing, scaling)
+            keep_BTI, scaling = self.dropout.draw(x_BTI), self.scaling * self.dropout.factor
+            return fused_ffn.expand(base_layer, x_BTI, keep_BTI, A_ERI, B_EOR, routing, scaling)
         y_BTO = base_layer(x_BTI)
         dropped_BTI = self.dropout(x_BTI.to(self.A_ERI.dtype))
         y = y_BTO.to(dropped_BTI.dtype)
@@ -114,8 +114,8 @@ class LoraBank(nn.Module):
         A_ERI, B_EOR = self.matrices()
         if self._fuses(base_layer, inner_KBTI, routing, A_ERI, B_EOR):
             assert isinstance(base_layer, nn.Linear)
-            drop_KBTI, scaling = self.dropout.draw(inner_KBTI), self.scaling * self.dropout.factor
-            return fused_ffn.contract(base_layer, inner_KBTI, drop_KBTI, A_ERI, B_EOR, routing, scaling)
+            keep_KBTI, scaling = self.dropout.draw(inner_KBTI), self.scaling * self.dropout.factor
+            return fused_ffn.contract(base_layer, inner_KBTI, keep_KBTI, A_ERI, B_EOR, routing, scaling)
         weighted_KBTI = ffn.weighted(inner_KBTI, routing)
         y_BTO = base_layer(weighted_KBTI.sum(dim=0))
         dropped_KBTI = self.dropout(weighted_KBTI.to(self.A_ERI.dtype))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from loramix.experts.dropping import left, left_
 from loramix.precision import autocast_type, keeps_types, without_autocast
 
 
@@ -117,14 +118,14 @@ def _fit(x: Tensor, weight: Tensor, A_ERI: Tensor) -> bool:
     return x.dtype == weight.dtype
 
 
-def fused(layers: Sequence[Layer], x_NI: Tensor, drop_NI: Tensor | None, way: Way) -> tuple[Tensor, ...]:
+def fused(layers: Sequence[Layer], x_NI: Tensor, keep_NI: Tensor | None, way: Way) -> tuple[Tensor, ...]:
     """Returns each layer's output with its experts' part added, (N, O) each.
 
     Args:
         layers: that read x.
         x_NI: their input.
-        drop_NI: which of its numbers the experts do not see, bool; None for dropout of nothing. What is left is scaled
-            by the layers' `scaling`.
+        keep_NI: which of its numbers the experts see, bool; None for all. What is left is scaled by the layers'
+            `scaling`.
         way: of the experts' products.
     """
     tensors: list[Tensor | None] = []
@@ -135,7 +136,7 @@ def fused(layers: Sequence[Layer], x_NI: Tensor, drop_NI: Tensor | None, way: Wa
     types = product_types(x_NI, layers[0].A_ERI)
     with without_autocast(x_NI):  # types are settled above
         outputs: tuple[Tensor, ...] = _Fused.apply(  # type: ignore[no-untyped-call]
-            x_NI, drop_NI, way, types, tuple(one.scaling for one in layers), *tensors
+            x_NI, keep_NI, way, types, tuple(one.scaling for one in layers), *tensors
         )
     return outputs
 
@@ -147,14 +148,14 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_NI: Tensor,
-        drop_NI: Tensor | None,
+        keep_NI: Tensor | None,
         way: Way,
         types: Types,
         scalings: tuple[float, ...],
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         given_J, downs, ups, gates_J, weights, biases = (tensors[place::6] for place in range(6))
-        read_NI, seen_NI = x_NI.to(types.frozen), left(x_NI, drop_NI).to(types.experts)
+        read_NI, seen_NI = x_NI.to(types.frozen), left(x_NI, keep_NI).to(types.experts)
         codes = way.down(seen_NI, [down.to(types.experts) for down in downs])
         outputs = []
         for j, scaling in enumerate(scalings):
@@ -169,7 +170,7 @@ class _Fused(torch.autograd.Function):
             sum_NO = out_NO.to(types.experts)  # itself, but for a base in fewer bits than its experts
             way.add_up(sum_NO, weighed, B_EOR, scaling)
             outputs.append(sum_NO.to(out_NO.dtype))
-        ctx.save_for_backward(x_NI, drop_NI, *codes, *downs, *ups, *gates_J, *weights)
+        ctx.save_for_backward(x_NI, keep_NI, *codes, *downs, *ups, *gates_J, *weights)
         ctx.way, ctx.types, ctx.scalings = way, types, scalings
         return tuple(outputs)
 
@@ -178,10 +179,10 @@ class _Fused(torch.autograd.Function):
     @keeps_types
     def backward(ctx: Any, *grads_J: Tensor) -> tuple[Tensor | None, ...]:
         way, types, count = ctx.way, ctx.types, len(ctx.scalings)
-        x_NI, drop_NI, *saved = ctx.saved_tensors
+        x_NI, keep_NI, *saved = ctx.saved_tensors
         codes, downs, ups, gates_J, weights = (saved[start : start + count] for start in range(0, 5 * count, count))
         _, wanted_A, wanted_B, wanted_gates, *_ = (ctx.needs_input_grad[5 + place :: 6] for place in range(6))
-        seen_NI, lows = left(x_NI, drop_NI).to(types.experts), [down.to(types.experts) for down in downs]
+        seen_NI, lows = left(x_NI, keep_NI).to(types.experts), [down.to(types.experts) for down in downs]
         grad_x: Tensor | None = None
         backs: list[Tensor] = []
         grads_up: list[Tensor | None] = []
@@ -205,7 +206,7 @@ class _Fused(torch.autograd.Function):
             of_A = way.grad_down(backs, seen_NI, lows)
             grads_down = [grad.to(A.dtype) for grad, A in zip(of_A, downs, strict=True)]
         if ctx.needs_input_grad[0]:
-            grad_x = through(way, backs, lows, drop_NI, grad_x).to(x_NI.dtype)
+            grad_x = through(way, backs, lows, keep_NI, grad_x).to(x_NI.dtype)
         of_layers: list[Tensor | None] = []
         for j in range(count):
             of_given = grads_J[j] if weights[j] is None else None
@@ -214,21 +215,15 @@ class _Fused(torch.autograd.Function):
 
 
 def through(
-    way: Way, backs: Sequence[Tensor], downs: Sequence[Tensor], drop_NI: Tensor | None, grad_NI: Tensor | None
+    way: Way, backs: Sequence[Tensor], downs: Sequence[Tensor], keep_NI: Tensor | None, grad_NI: Tensor | None
 ) -> Tensor:
     """Returns the gradient of x: what came through the frozen layers, if anything did, with what comes through the
     experts added to it in place."""
-    if drop_NI is None and (grad_NI is None or grad_NI.dtype == downs[0].dtype):
+    if keep_NI is None and (grad_NI is None or grad_NI.dtype == downs[0].dtype):
         return way.back_down(backs, downs, grad_NI)
     own_NI = way.back_down(backs, downs, None)
-    if drop_NI is not None:
-        own_NI.masked_fill_(drop_NI, 0.0)
+    left_(own_NI, keep_NI)
     return own_NI if grad_NI is None else grad_NI.add_(own_NI)
-
-
-def left(x_NI: Tensor, drop_NI: Tensor | None) -> Tensor:
-    """Returns what dropout leaves of x, not scaled."""
-    return x_NI if drop_NI is None else torch.where(drop_NI, 0.0, x_NI)
 
 
 def _as(given: Tensor | None, kind: torch.dtype) -> Tensor | None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loramix.experts.by_channel import ByChannel, gated, ungated, up
-from loramix.experts.fused import Types, left, product_types, through
+from loramix.experts.dropping import left
+from loramix.experts.fused import Types, product_types, through
 from loramix.precision import keeps_types, without_autocast
 from loramix.routing import Routing
 
@@ -22,7 +23,7 @@ from loramix.routing import Routing
 def expand(
     base_layer: nn.Linear,
     x_BTI: Tensor,
-    drop_BTI: Tensor | None,
+    keep_BTI: Tensor | None,
     A_ERI: Tensor,
     B_EFR: Tensor,
     routing: Routing,
@@ -33,17 +34,17 @@ def expand(
     Args:
         base_layer: frozen.
         x_BTI: its input.
-        drop_BTI: which of its numbers the experts do not see, bool; None for dropout of nothing.
+        keep_BTI: which of its numbers the experts see, bool; None for all.
         A_ERI, B_EFR: the stacked experts.
         routing: by token.
         scaling: s, of what is left after dropout.
     """
     masks_KNE, types = _masks(routing, max(len(A_ERI), len(B_EFR)), A_ERI), product_types(x_BTI, A_ERI)
-    drop_NI = None if drop_BTI is None else drop_BTI.view(-1, x_BTI.shape[-1])
+    keep_NI = None if keep_BTI is None else keep_BTI.view(-1, x_BTI.shape[-1])
     with without_autocast(x_BTI):
         out_KNF: Tensor = _Expand.apply(  # type: ignore[no-untyped-call]
             x_BTI.reshape(-1, x_BTI.shape[-1]),
-            drop_NI,
+            keep_NI,
             A_ERI,
             B_EFR,
             masks_KNE,
@@ -58,7 +59,7 @@ def expand(
 def contract(
     base_layer: nn.Linear,
     inner_KBTF: Tensor,
-    drop_KBTF: Tensor | None,
+    keep_KBTF: Tensor | None,
     A_ERF: Tensor,
     B_EOR: Tensor,
     routing: Routing,
@@ -69,7 +70,7 @@ def contract(
     with without_autocast(inner_KBTF):
         out_NO: Tensor = _Contract.apply(  # type: ignore[no-untyped-call]
             inner_KBTF.flatten(1, 2),
-            None if drop_KBTF is None else drop_KBTF.flatten(1, 2),
+            None if keep_KBTF is None else keep_KBTF.flatten(1, 2),
             routing.weights.T,
             A_ERF,
             B_EOR,
@@ -99,7 +100,7 @@ class _Expand(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_NI: Tensor,
-        drop_NI: Tensor | None,
+        keep_NI: Tensor | None,
         A_ERI: Tensor,
         B_EFR: Tensor,
         masks_KNE: Tensor,
@@ -110,7 +111,7 @@ class _Expand(torch.autograd.Function):
     ) -> Tensor:
         frozen_NF = _linear(x_NI, weight_FI, bias_F, types.frozen)
         down_XI, up_XF = A_ERI.flatten(0, 1).to(types.experts), up(B_EFR).to(types.experts)
-        code_NX = left(x_NI, drop_NI).to(types.experts) @ down_XI.T
+        code_NX = left(x_NI, keep_NI).to(types.experts) @ down_XI.T
         out_KNF = frozen_NF.new_empty(len(masks_KNE), *frozen_NF.shape)
         for out_NF, mask_NE in zip(out_KNF, masks_KNE.to(types.experts), strict=True):
             chosen_NX = gated(code_NX, mask_NE, len(A_ERI), len(B_EFR))
@@ -118,7 +119,7 @@ class _Expand(torch.autograd.Function):
                 torch.addmm(frozen_NF, chosen_NX, up_XF, alpha=scaling, out=out_NF)
             else:
                 out_NF.copy_(torch.addmm(frozen_NF.to(types.experts), chosen_NX, up_XF, alpha=scaling))
-        ctx.save_for_backward(x_NI, drop_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX)
+        ctx.save_for_backward(x_NI, keep_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX)
         ctx.scaling, ctx.types = scaling, types
         return out_KNF
 
@@ -126,7 +127,7 @@ class _Expand(torch.autograd.Function):
     @once_differentiable
     @keeps_types
     def backward(ctx: Any, grad_KNF: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, drop_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX = ctx.saved_tensors
+        x_NI, keep_NI, A_ERI, B_EFR, masks_KNE, weight_FI, code_NX = ctx.saved_tensors
         types, sizes = ctx.types, (len(A_ERI), len(B_EFR))
         low_ERI, up_XF = A_ERI.to(types.experts), up(B_EFR).to(types.experts)
         grad_up_XF = torch.zeros_like(up_XF)
@@ -135,12 +136,12 @@ class _Expand(torch.autograd.Function):
             own_NF = grad_NF.to(types.experts)
             grad_up_XF.addmm_(gated(code_NX, mask_NE, *sizes).T, own_NF, alpha=ctx.scaling)
             back_NX.add_(ungated((own_NF @ up_XF.T).mul_(ctx.scaling), mask_NE, *sizes))
-        grad_A = (back_NX.T @ left(x_NI, drop_NI).to(types.experts)).view(A_ERI.shape).to(A_ERI.dtype)
+        grad_A = (back_NX.T @ left(x_NI, keep_NI).to(types.experts)).view(A_ERI.shape).to(A_ERI.dtype)
         grad_B = grad_up_XF.view(len(B_EFR), A_ERI.shape[1], -1).transpose(1, 2).to(B_EFR.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_KNF.sum(dim=0).to(types.frozen) @ weight_FI.to(types.frozen)
-            grad_x = through(ByChannel(), [back_NX], [low_ERI], drop_NI, grad_x).to(x_NI.dtype)
+            grad_x = through(ByChannel(), [back_NX], [low_ERI], keep_NI, grad_x).to(x_NI.dtype)
         return grad_x, None, grad_A, grad_B, None, None, None, None, None
 
 
@@ -149,7 +150,7 @@ class _Contract(torch.autograd.Function):
     def forward(
         ctx: Any,
         inner_KNF: Tensor,
-        drop_KNF: Tensor | None,
+        keep_KNF: Tensor | None,
         weights_KN: Tensor,
         A_ERF: Tensor,
         B_EOR: Tensor,
@@ -166,13 +167,13 @@ class _Contract(torch.autograd.Function):
             summed_NF.addcmul_(inner_NF, weights_N[:, None])
         y_NO = _linear(summed_NF, weight_OF, bias_O, types.frozen)
         codes_KNX = torch.stack(
-            [left(inner_NF, _of(drop_KNF, k)).to(types.experts) @ down_XF.T for k, inner_NF in enumerate(inner_KNF)]
+            [left(inner_NF, _of(keep_KNF, k)).to(types.experts) @ down_XF.T for k, inner_NF in enumerate(inner_KNF)]
         )
         chosen_NX = _summed(
             codes_KNX, weights_KN.to(types.experts), masks_KNE.to(types.experts), len(A_ERF), len(B_EOR)
         )
         sum_NO = y_NO.to(types.experts).addmm_(chosen_NX, up(B_EOR).to(types.experts), alpha=scaling)
-        ctx.save_for_backward(inner_KNF, drop_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX)
+        ctx.save_for_backward(inner_KNF, keep_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX)
         ctx.scaling, ctx.types = scaling, types
         return sum_NO.to(types.frozen)
 
@@ -180,7 +181,7 @@ class _Contract(torch.autograd.Function):
     @once_differentiable
     @keeps_types
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        inner_KNF, drop_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX = ctx.saved_tensors
+        inner_KNF, keep_KNF, weights_KN, A_ERF, B_EOR, masks_KNE, weight_OF, codes_KNX = ctx.saved_tensors
         types, sizes = ctx.types, (len(A_ERF), len(B_EOR))
         own_NO, low_ERF = grad_NO.to(types.experts), A_ERF.to(types.experts)
         low_KN, low_KNE = weights_KN.to(types.experts), masks_KNE.to(types.experts)
@@ -192,20 +193,20 @@ class _Contract(torch.autograd.Function):
         grad_inner_KNF = torch.empty_like(inner_KNF)
         grad_weights_KN = torch.empty_like(weights_KN)
         for k, weights_N in enumerate(low_KN):
-            inner_NF, drop_NF = inner_KNF[k], _of(drop_KNF, k)
+            inner_NF, keep_NF = inner_KNF[k], _of(keep_KNF, k)
             own_NX = ungated(back_NX, low_KNE[k], *sizes)
             of_base_N = torch.linalg.vecdot(grad_NF, inner_NF.to(types.frozen))
             grad_weights_KN[k] = of_base_N + torch.linalg.vecdot(own_NX, codes_KNX[k])
             own_NX = own_NX * weights_N[:, None]
-            grad_down_XF.addmm_(own_NX.T, left(inner_NF, drop_NF).to(types.experts))
+            grad_down_XF.addmm_(own_NX.T, left(inner_NF, keep_NF).to(types.experts))
             torch.mul(grad_NF, weights_KN[k].to(grad_NF.dtype)[:, None], out=grad_inner_KNF[k])
-            through(ByChannel(), [own_NX], [low_ERF], drop_NF, grad_inner_KNF[k])
+            through(ByChannel(), [own_NX], [low_ERF], keep_NF, grad_inner_KNF[k])
         grad_A = grad_down_XF.view(A_ERF.shape).to(A_ERF.dtype)
         return grad_inner_KNF, None, grad_weights_KN, grad_A, grad_B, None, None, None, None, None
 
 
-def _of(drop_KNF: Tensor | None, k: int) -> Tensor | None:
-    return None if drop_KNF is None else drop_KNF[k]
+def _of(keep_KNF: Tensor | None, k: int) -> Tensor | None:
+    return None if keep_KNF is None else keep_KNF[k]
 
 
 def _summed(codes_KNX: Tensor, weights_KN: Tensor, masks_KNE: Tensor, downs: int, ups: int) -> Tensor:

@@ -82,7 +82,7 @@ def outputs_of(parts: Sequence[Part], x_BTI: Tensor) -> list[Tensor]:
 
 def _fused(parts: Sequence[Part], x_BTI: Tensor) -> list[Tensor]:
     first = parts[0]
-    drop_BTI = first.dropout.draw(x_BTI)
+    keep_BTI = first.dropout.draw(x_BTI)
     layers = []
     for part in parts:
         assert isinstance(part.base_layer, nn.Linear)
@@ -93,7 +93,7 @@ def _fused(parts: Sequence[Part], x_BTI: Tensor) -> list[Tensor]:
             gates = gates_by_token(x_BTI, part.routing, experts, part.A_ERI.dtype)
         scaling = part.scaling * part.dropout.factor
         layers.append(Layer(part.A_ERI, part.B_EOR, gates, scaling, part.base_layer))
-    drop_NI = None if drop_BTI is None else drop_BTI.flatten(0, -2)
+    keep_NI = None if keep_BTI is None else keep_BTI.flatten(0, -2)
     way = ByRows.of(first.routing) if first.by_rows else ByChannel()
-    outputs = fused(layers, x_BTI.flatten(0, -2), drop_NI, way)
+    outputs = fused(layers, x_BTI.flatten(0, -2), keep_NI, way)
     return [out_NO.view(*x_BTI.shape[:-1], out_NO.shape[1]) for out_NO in outputs]
