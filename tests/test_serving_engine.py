@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +13,8 @@ import pytest
 import torch
 
 from loramix.errors import ConfigError, ModelError
-from loramix.serving.ask import Ask, EngineError
-from loramix.serving.cache import FIRST_COLUMNS
+from loramix.serving.ask import Ask, EngineError, Piece
+from loramix.serving.cache import FIRST_COLUMNS, SharedCache
 from loramix.serving.sampling import Chooser, Sampling
 from loramix.serving.text import TextStream
 from loramix.serving.transformers_engine import TransformersEngine
@@ -270,41 +273,153 @@ def test_who_leaves_frees_the_place_at_once():
     _engine_run(work, places=2, queue=4)
 
 
-def test_an_answer_that_takes_too_long_is_given_up():
+def _slowly(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token takes the model 50 ms at least."""
+    step = model.step
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.05)
+        return step(*args)
+
+    monkeypatch.setattr(model, "step", slow)
+
+
+def test_an_answer_that_takes_too_long_is_given_up(monkeypatch):
+    model = served()
+    _slowly(model, monkeypatch)
+
     async def work(engine: TransformersEngine) -> None:
         waits = replace(LONG, seconds=0.0)
         with pytest.raises(EngineError) as told:
             await ask_for(engine, waits)
         assert told.value.status in (503, 504)
-        slow = replace(LONG, seconds=0.15)
+        slow = replace(LONG, seconds=2.0)  # its 400 tokens would take 20
         with pytest.raises(EngineError, match="took too long") as told:
             await ask_for(engine, slow)
         assert told.value.status == 504
         assert engine.queue[1] == 0
 
-    _engine_run(work, places=2, queue=4)
+    _engine_run(work, model, places=2, queue=4)
+
+
+class Gate:
+    """The model reads no prompts before it is opened, and fails on every batch with a prompt that begins with 63.
+
+    Attributes:
+        sizes: how many prompts were read together each time.
+    """
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        self._reached, self._opened = threading.Event(), threading.Event()
+        prefill = model.prefill
+
+        def gated(prompts: Any, *args: Any) -> Any:
+            self._reached.set()
+            assert self._opened.wait(60)
+            self.sizes.append(len(prompts))
+            if any(prompt[0] == 63 for prompt in prompts):
+                raise RuntimeError("a secret of ours")
+            return prefill(prompts, *args)
+
+        monkeypatch.setattr(model, "prefill", gated)
+
+    async def opened_for(self, engine: TransformersEngine, first: Ask, asks: Sequence[Ask]) -> list[asyncio.Task[Any]]:
+        """Asks one thing, and when its prompt is about to be read all the others, so that they come together."""
+        tasks = [asyncio.create_task(ask_for(engine, first))]
+        assert await asyncio.to_thread(self._reached.wait, 60)
+        tasks += [asyncio.create_task(ask_for(engine, ask)) for ask in asks]
+        while engine.queue[1] < len(asks):
+            await asyncio.sleep(0.01)
+        self._opened.set()
+        return tasks
 
 
 def test_a_request_the_model_fails_on_takes_no_other_with_it(monkeypatch):
+    """Neither those that are being written, nor those whose prompts are read together with its own."""
     model = served()
-    prefill = model.prefill
-
-    def failing(prompts: Any, *args: Any) -> Any:
-        if any(prompt[0] == 63 for prompt in prompts):
-            raise RuntimeError("a secret of ours")
-        return prefill(prompts, *args)
-
-    monkeypatch.setattr(model, "prefill", failing)
+    gate = Gate(model, monkeypatch)
 
     async def work(engine: TransformersEngine) -> None:
-        running = asyncio.create_task(ask_for(engine, replace(LONG, sampling=replace(GREEDY, max_tokens=60))))
-        await asyncio.sleep(0.05)
-        with pytest.raises(EngineError) as told:
-            await ask_for(engine, Ask((63, 5), GREEDY, "red"))
-        assert told.value.status == 500
-        assert "secret" not in str(told.value)
-        assert len((await running).tokens[0]) == 60
+        asks = [
+            Ask((63, 5), GREEDY, "red"),
+            Ask((5, 6, 7), GREEDY, "red"),
+            Ask((63, 5), GREEDY, "base"),
+            Ask((8, 9), GREEDY),
+        ]
+        tasks = await gate.opened_for(engine, replace(LONG, sampling=replace(GREEDY, max_tokens=60)), asks)
+        first, bad, good, other, alone = await asyncio.gather(*tasks, return_exceptions=True)
+        for told in (bad, other):
+            assert isinstance(told, EngineError)
+            assert told.status == 500
+            assert "secret" not in str(told)
+        for got, tokens in ((first, 60), (good, GREEDY.max_tokens), (alone, GREEDY.max_tokens)):
+            assert not isinstance(got, BaseException), got
+            assert len(got.tokens[0]) == tokens
         await _idle(engine)
+
+    _engine_run(work, model, places=6, queue=6)
+    assert max(gate.sizes) > 1, "prompts that fail were read together with others"
+
+
+def test_a_request_that_fails_while_it_begins_takes_no_other_with_it(monkeypatch):
+    """Its prompt was read with others, and its first token cannot be chosen."""
+    model = served()
+    gate = Gate(model, monkeypatch)
+    choose = Chooser.choose
+
+    def failing(self: Chooser, logits: Any, likeliest: int) -> Any:
+        if self._sampling.max_tokens == 7:
+            raise RuntimeError("no such choice")
+        return choose(self, logits, likeliest)
+
+    monkeypatch.setattr(Chooser, "choose", failing)
+
+    async def work(engine: TransformersEngine) -> None:
+        asks = [Ask((5, 6), replace(GREEDY, max_tokens=most), "red") for most in (5, 7, 9)]
+        tasks = await gate.opened_for(engine, replace(LONG, sampling=replace(GREEDY, max_tokens=60)), asks)
+        first, short, failed, long = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(failed, EngineError)
+        assert [len(one.tokens[0]) for one in (first, short, long)] == [60, 5, 9]
+        await _idle(engine)
+
+    _engine_run(work, model, places=6, queue=6)
+    assert gate.sizes == [1, 3]
+
+
+def test_no_memory_for_a_longer_cache_fails_all_rows_and_the_next_begin_anew(monkeypatch):
+    """Some layers may have been moved: going on with them would answer from wrong tokens."""
+    model = served()
+    _slowly(model, monkeypatch)
+    lay_out = SharedCache._lay_out
+
+    class NoMemory:
+        @property
+        def is_initialized(self) -> bool:
+            raise MemoryError
+
+    def failing(self: SharedCache, before: int, after: int) -> None:
+        self._layers.append(NoMemory())  # all others are moved before
+        try:
+            lay_out(self, before, after)
+        finally:
+            self._layers.pop()
+
+    async def work(engine: TransformersEngine) -> None:
+        wanted = await ask_for(engine, Ask((5, 6, 7), GREEDY, "red"))
+        with monkeypatch.context() as patched:
+            patched.setattr(SharedCache, "_lay_out", failing)
+            running = engine.answer(replace(LONG, sampling=replace(GREEDY, max_tokens=100)))  # no move for itself
+            async for event in running:
+                if isinstance(event, Piece):
+                    break
+            with pytest.raises(EngineError, match="not enough memory"):
+                await ask_for(engine, Ask((5,) * (FIRST_COLUMNS + 1), GREEDY, "red"))
+            with pytest.raises(EngineError, match="failed on this request"):
+                async for _ in running:
+                    pass
+        await _idle(engine)
+        assert (await ask_for(engine, Ask((5, 6, 7), GREEDY, "red"))).tokens == wanted.tokens
 
     _engine_run(work, model, places=4, queue=4)
 

@@ -91,6 +91,7 @@ class SharedCache:
         self.axis = Axis(places, device)
         self._layers = [_SharedColumns(self.axis) for _ in range(layers)]
         self.cache = Cache(layers=self._layers)
+        self._half_moved = False
 
     def join(self, filled: DynamicCache, row: int, width: int) -> int:
         """Copies one row of a left-padded prompt's cache in and returns its place.
@@ -99,7 +100,11 @@ class SharedCache:
             filled: what the prompts' forward left.
             row: which of its rows.
             width: how many of the row's last columns are tokens.
+
+        Raises:
+            ModelError: an earlier move of the columns failed; a new cache is needed.
         """
+        self._refuse_half_moved()
         axis = self.axis
         if axis.rows == 0:  # nobody is left who would need the columns in use
             axis.start = axis.end = max(axis.columns // 2, min(width, axis.columns))
@@ -137,7 +142,12 @@ class SharedCache:
         axis.start = axis.end - longest
 
     def begin_step(self) -> None:
-        """Makes room for a column and marks it as every row's. The step's forward writes it."""
+        """Makes room for a column and marks it as every row's. The step's forward writes it.
+
+        Raises:
+            ModelError: an earlier move of the columns failed; a new cache is needed.
+        """
+        self._refuse_half_moved()
         axis = self.axis
         if axis.end == axis.columns:
             self._lay_out(before=axis.length, after=max(FIRST_COLUMNS, axis.length) // 2)
@@ -164,11 +174,21 @@ class SharedCache:
             fresh[(slice(None),) * dim + (new,)] = tensor[(slice(None),) * dim + (old,)]
             return fresh
 
+        # Layer by layer, as all at once would hold everything twice. Memory may run out on the way.
+        self._half_moved = True
         for layer in self._layers:
             if layer.is_initialized:
                 layer.keys, layer.values = moved(layer.keys, 2), moved(layer.values, 2)
         axis.mask_SC = moved(axis.mask_SC, 1)
         axis.start, axis.end, axis.columns = new.start, new.stop, before + after
+        self._half_moved = False
+
+    def _refuse_half_moved(self) -> None:
+        if self._half_moved:
+            raise ModelError(
+                "the key-value cache was left half moved when there was no more memory for a longer one. Serve fewer "
+                "answers at a time (--max-batch), or shorter ones."
+            )
 
 
 def attention_layers(model: Any) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from loramix.serving.ask import Ended, Piece
 from loramix.serving.cache import SharedCache, attention_layers
@@ -43,6 +44,21 @@ class Row:
     ended: bool = field(default=False)
 
 
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Prompts that were read together.
+
+    Attributes:
+        filled: their key-value cache, left-padded.
+        logits_BV: of what comes next.
+        likeliest: the first of these tokens.
+    """
+
+    filled: DynamicCache
+    logits_BV: Tensor
+    likeliest: list[int]
+
+
 class Rows:
     """The rows of one lane and their cache.
 
@@ -63,22 +79,29 @@ class Rows:
         self._cache = SharedCache(self._places, self._layers, self._served.device)
 
     @torch.inference_mode()
-    def begin(self, jobs: Sequence[Job], settled: Sequence[Settled]) -> None:
-        """Reads the prompts of some jobs and puts their answers among the rows, each with its first token chosen."""
-        prompts = [job.ask.prompt_ids for job in jobs]
-        filled, logits_BV = self._served.prefill(prompts, self._lane, [one.held for one in settled])
-        fresh: list[tuple[Row, Tensor, int]] = []
-        for place, (job, one) in enumerate(zip(jobs, settled, strict=True)):
-            for answer in range(job.ask.answers):
-                chooser = Chooser(job.ask.sampling, answer)
-                text = TextStream(self._served.tokenizer, job.ask.sampling.stop)
-                row = Row(job, answer, one.held, chooser, text, len(prompts[place]))
-                fresh.append((row, logits_BV[place], place))
-        likeliest = logits_BV.argmax(dim=1).tolist()
-        for row, logits_V, place in fresh:
-            self._take(row, logits_V, likeliest[place])
+    def read(self, jobs: Sequence[Job], settled: Sequence[Settled]) -> Read:
+        """Reads the prompts of some jobs. Nothing is said of it yet, so a batch that fails can be tried in parts."""
+        held = [one.held for one in settled]
+        filled, logits_BV = self._served.prefill([job.ask.prompt_ids for job in jobs], self._lane, held)
+        return Read(filled, logits_BV, logits_BV.argmax(dim=1).tolist())
+
+    @torch.inference_mode()
+    def begin(self, read: Read, place: int, job: Job, settled: Settled) -> None:
+        """Puts the answers of a job among the rows, each with its first token chosen.
+
+        Args:
+            read: what was read together with its prompt.
+            place: of its prompt there.
+            job: what is asked.
+            settled: its routing.
+        """
+        for answer in range(job.ask.answers):
+            chooser = Chooser(job.ask.sampling, answer)
+            text = TextStream(self._served.tokenizer, job.ask.sampling.stop)
+            row = Row(job, answer, settled.held, chooser, text, len(job.ask.prompt_ids))
+            self._take(row, read.logits_BV[place], read.likeliest[place])
             if not row.ended:
-                self._cache.join(filled, place, row.length)
+                self._cache.join(read.filled, place, row.length)
                 self.rows.append(row)
 
     @torch.inference_mode()

@@ -166,12 +166,27 @@ class TransformersEngine:
             if not job.only_route:
                 by_lane.setdefault(one.lane, []).append((job, one))
         for lane, pairs in by_lane.items():
+            self._read(self._lanes[lane], pairs)
+
+    def _read(self, lane: Rows, pairs: Sequence[tuple[Job, Settled]]) -> None:
+        """Reads the prompts of some jobs and begins their answers; where several fail together, finds out which one."""
+        try:
+            read = lane.read([job for job, _ in pairs], [one for _, one in pairs])
+        except Exception as error:
+            if len(pairs) == 1:
+                pairs[0][0].fail(_failure(error))
+                return
+            for pair in pairs:
+                self._read(lane, [pair])
+            return
+        for place, (job, one) in enumerate(pairs):
             try:
-                self._lanes[lane].begin([job for job, _ in pairs], [one for _, one in pairs])
+                lane.begin(read, place, job, one)
             except Exception as error:
-                for job, _ in pairs:
-                    job.fail(_failure(error))
-                self._lanes[lane].drop()
+                job.fail(_failure(error))
+                lane.drop()
+                if not lane.rows:
+                    lane.clear()
 
     def _one_by_one(self, jobs: Sequence[Job], error: EngineError) -> None:
         """Fails the job that cannot be settled; where there are several, finds out which."""
