@@ -42,6 +42,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -61,8 +62,10 @@ from loramix.environment import environment
 def main() -> int:
     asked = arguments()
     quiet_libraries()
-    work = prepared(asked.rows, max_length=asked.max_length, batch=asked.batch, bf16=asked.bf16, dropout=asked.dropout)
-    loops = measured(work, runs(asked.sides, asked.loop_rows), asked.rounds)
+    with redirect_stdout(sys.stderr):  # stock trainers print there; what comes out is the report alone
+        many = {"max_length": asked.max_length, "batch": asked.batch}
+        work = prepared(asked.rows, **many, bf16=asked.bf16, dropout=asked.dropout)
+        loops = measured(work, runs(asked.sides, asked.loop_rows), asked.rounds)
     report = {
         "date": date.today().isoformat(),
         "environment": environment(),

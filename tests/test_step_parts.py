@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,3 +114,24 @@ def test_dropout_keeps_a_byte_for_each_number(monkeypatch: pytest.MonkeyPatch, d
     found = dropout_cost.compared(64, 48, 0.1, dtype, 2)
     assert (found["torch_kept"], found["loramix_kept"]) == (of_torch, 1.0)
     assert found["torch_ms"] > 0 < found["loramix_ms"]
+
+
+def test_the_report_of_speed_is_all_that_comes_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Stock trainers print on the standard output."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import train_speed
+
+    def prepared(*_: Any, **__: Any) -> Any:
+        print("fetching ...")
+        return SimpleNamespace(rows=[], supervised=0)
+
+    def measured(*_: Any) -> dict[str, Any]:
+        print({"train_runtime": 1.0})
+        return {}
+
+    monkeypatch.setattr(train_speed, "prepared", prepared)
+    monkeypatch.setattr(train_speed, "measured", measured)
+    monkeypatch.setattr(train_speed, "rows", lambda *_: [])
+    monkeypatch.setattr("sys.argv", ["train_speed.py", "--json"])
+    assert train_speed.main() == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == []
