@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from step_cost import tensor_peak
+from tensor_peak import tensor_peak
 from training_step import Point, TrainingStep
 
 from loramix import load_base

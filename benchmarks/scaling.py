@@ -30,7 +30,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from step_cost import say, tensor_peak
+from step_cost import say
+from tensor_peak import tensor_peak
 from training_step import Point, TrainingStep, first_layers
 
 from loramix import load_base

@@ -30,10 +30,8 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +39,7 @@ from typing import Any
 import torch
 from peers_check import check
 from step_variants import BASELINE, MAY_BE_MEASURED, MEASURED, TARGETS, Spec, built, specs
+from tensor_peak import tensor_peak
 
 from loramix import load_base
 from loramix.cli.output import quiet_libraries
@@ -91,15 +90,6 @@ class Resident:
     def _read(self, name: str) -> int:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
-
-
-def tensor_peak(step: Callable[[], object]) -> float:
-    """Takes one step and returns how much its tensors took at most, above those there before, in MiB."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events)) / 2**20
 
 
 def say(text: str) -> None:

@@ -22,9 +22,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from step_cost import tensor_peak
 from step_parts import plain_seconds
 from step_profile import LENGTHS, METHODS
+from tensor_peak import tensor_peak
 from training_step import Point, TrainingStep, examples_of, first_layers
 
 from loramix import load_base

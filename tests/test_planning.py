@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 from loramix import LoramixConfig
@@ -36,15 +34,16 @@ from loramix.training.while_learning import while_learning
 from tests import ended, tiny
 from tests import method_cases as cases
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 LENGTH, PROMPT, CHUNK = 96, 40, 8
-
 
 MANY = {"r": 8, "num_experts": 32, "backend": "grouped"}
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step is timed once."""
+    """Each step is timed once; memory is measured as the benchmarks do it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(timed_steps, "MOST", 2)
     monkeypatch.setattr(pace, "TURNS", 1)
 
@@ -62,6 +61,8 @@ def _built(method: str, device: str, **other: Any) -> Any:
 
 def _real(model: Any, told: bool, settings: TrainingSettings) -> dict[str, int]:
     """What a true step of the same row counts."""
+    from tensor_peak import MIB, tensor_peak
+
     batch = PaddingFreeCollator()([Example(Encoded([5] * LENGTH, [i >= PROMPT for i in range(LENGTH)], PROMPT), 0)])
     kept = {"input_ids", "position_ids", *BORDERS, *(["domain_ids", "prompt_mask"] if told else [])}
     asked = {name: value for name, value in batch.items() if name in kept}
@@ -80,16 +81,13 @@ def _real(model: Any, told: bool, settings: TrainingSettings) -> dict[str, int]:
         with counting() as counter:
             step()
         gc.collect()  # what the counter left in cycles of references would be freed in the step, and lower its peak
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
+        peak = tensor_peak(step) * MIB
     attention = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "flops": counter.get_total_flops() - attention,
-        "peak": max(accumulate(event.nbytes() for event in events)),
+        "peak": round(peak),
     }
 
 
