@@ -80,7 +80,11 @@ def endpoints() -> Iterator[Callable[..., FakeEndpoint]]:
 def judge_at(one: FakeEndpoint, tmp_path: Path, waits: list[float] | None = None, **how: object) -> Judge:
     endpoint = Endpoint(one.url, "gpt-fake", KEY, input_price=2.0, output_price=10.0)
     kept = waits if waits is not None else []
-    return Judge(CachedChat(endpoint, tmp_path / "judge.jsonl", sleep=kept.append, **{"workers": 1, **how}))
+
+    def wait(_: threading.Event, seconds: float) -> None:
+        kept.append(seconds)
+
+    return Judge(CachedChat(endpoint, tmp_path / "judge.jsonl", **{"workers": 1, "wait": wait, **how}))
 
 
 def score_reply(points: object) -> str:

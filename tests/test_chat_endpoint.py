@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -38,6 +40,7 @@ def test_an_endpoint_that_stays_down_ends_in_one_error_and_what_was_answered_is_
 
 def test_an_endpoint_nobody_listens_at_is_an_error(fake, tmp_path):
     one = fake(lambda *_: score_reply(1))
+    one.server.shutdown()  # first: a thread that has not begun to serve yet would find it closed
     one.server.server_close()
     with pytest.raises(ConfigError, match="cannot be reached"):
         judge_at(one, tmp_path).scores(ANSWERS[:1])
@@ -58,6 +61,17 @@ def test_after_a_refusal_no_worker_sends_another_request(fake, tmp_path):
     with pytest.raises(ConfigError, match="answered 401"):
         judge_at(one, tmp_path, workers=4).scores(many)
     assert len(one.bodies) <= 4
+
+
+def test_a_refusal_ends_the_waiting_of_others(fake, tmp_path):
+    """Three workers wait for an endpoint that is busy when the fourth is told that its key is wrong."""
+    one = fake(lambda body, number: (503, {}, {"retry-after": "60"}) if number < 3 else (401, {}, {}))
+    waiting = [Answered(f"question {n}", "reference", "answer") for n in range(4)]
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="answered 401"):
+        judge_at(one, tmp_path, workers=4, wait=threading.Event.wait).scores(waiting)
+    assert time.monotonic() - started < 50
+    assert len(one.bodies) == 4
 
 
 def test_something_else_that_listens_there_is_told_from_a_chat_endpoint(fake, tmp_path):

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -124,7 +123,7 @@ class CachedChat:
         endpoint: whom to ask.
         cache: JSON lines, one for each reply, found again by the sha256 of URL and request. Holds replies, no key.
         workers: requests under way at the same time.
-        sleep: how to wait, in seconds.
+        wait: how to wait, for an event but so many seconds at most.
         timeout: seconds until a request counts as failed.
     """
 
@@ -134,13 +133,13 @@ class CachedChat:
         cache: Path,
         *,
         workers: int = 4,
-        sleep: Callable[[float], None] = time.sleep,
+        wait: Callable[[threading.Event, float], object] = threading.Event.wait,
         timeout: float = 120.0,
     ) -> None:
         self.endpoint = endpoint
         self.cache = cache
         self.workers = workers
-        self._sleep = sleep
+        self._wait = wait
         self._timeout = timeout
         self._lock = threading.Lock()
         self._kept = _read_cache(cache)
@@ -189,29 +188,29 @@ class CachedChat:
     def _send_all(self, missing: Mapping[str, Request]) -> None:
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         headers = {"Authorization": f"Bearer {self.endpoint.key}"} if self.endpoint.key else {}
-        failed = threading.Event()
-
-        def send(client: httpx2.Client, name: str, request: Request) -> None:
-            # The worker stops itself: until this thread has seen the error, it would send what nobody waits for.
-            if failed.is_set():
-                return
-            try:
-                self._send(client, name, request)
-            except BaseException:
-                failed.set()
-                raise
-
+        given_up = threading.Event()
         with httpx2.Client(headers=headers, timeout=self._timeout) as client:
             pool = ThreadPoolExecutor(self.workers)
             try:
-                waiting = [pool.submit(send, client, name, request) for name, request in missing.items()]
+                waiting = [
+                    pool.submit(self._send, client, name, request, given_up) for name, request in missing.items()
+                ]
                 for one in as_completed(waiting):
                     one.result()
             finally:
+                given_up.set()
                 pool.shutdown(cancel_futures=True)
 
-    def _send(self, client: httpx2.Client, name: str, request: Request) -> None:
-        reply = self._try(client, request)
+    def _send(self, client: httpx2.Client, name: str, request: Request, given_up: threading.Event) -> None:
+        """Asks and keeps the reply. The worker that fails tells the others itself: until the thread that waits for them
+        has seen the error, they would send what nobody wants any more."""
+        try:
+            reply = self._try(client, request, given_up)
+        except BaseException:
+            given_up.set()
+            raise
+        if reply is None:
+            return
         line = {"request": name, "text": reply.text, "input": reply.input_tokens, "output": reply.output_tokens}
         with self._lock:
             with self.cache.open("a", encoding="utf-8") as file:
@@ -220,11 +219,14 @@ class CachedChat:
                 file.write(("\n" if torn else "") + json.dumps(line, ensure_ascii=False) + "\n")
             self._kept[name] = reply
 
-    def _try(self, client: httpx2.Client, request: Request) -> Reply:
-        """Returns the reply, after as many tries as it takes; what only another setting can mend is raised at once."""
+    def _try(self, client: httpx2.Client, request: Request, given_up: threading.Event) -> Reply | None:
+        """Returns the reply, after as many tries as it takes; what only another setting can mend is raised at once.
+        None where all was given up meanwhile."""
         problem = ""
         for attempt in range(_ATTEMPTS):
             wait = min(2.0**attempt, _LONGEST_WAIT)
+            if given_up.is_set():
+                return None
             try:
                 response = client.post(f"{self.endpoint.base_url}/chat/completions", json=request)
             except httpx2.TransportError as error:
@@ -238,7 +240,7 @@ class CachedChat:
                     raise ConfigError(f"the judge's endpoint {self.endpoint.base_url} {problem}.{hint}")
                 wait = _asked_to_wait(response) or wait
             if attempt < _ATTEMPTS - 1:
-                self._sleep(wait)
+                self._wait(given_up, wait)
         raise ConfigError(
             f"the judge's endpoint {self.endpoint.base_url} {problem}, {_ATTEMPTS} times. What was answered so far is "
             "kept; start again later."
