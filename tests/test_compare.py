@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from loramix.cli.main import run as verb
 from loramix.comparison.compare import Compared, compare, dry_run
+from loramix.comparison.launch import Processes
 from loramix.comparison.settings import Comparison, build_comparison
 from loramix.errors import ConfigError
 from tests import tiny
@@ -312,13 +317,37 @@ def _without_paths(text: str) -> str:
     return json.dumps(kept)
 
 
+@pytest.mark.parametrize(("told", "each"), [(None, 4), ("2", None)])
+def test_workers_share_the_threads_unless_told(told: str | None, each: int | None, monkeypatch: pytest.MonkeyPatch):
+    """Eight threads and two workers: four each, or what the environment, which they inherit, says."""
+    started: list[int | None] = []
+
+    def process(*, args: tuple[Any, ...], **_: Any) -> Any:
+        started.append(args[1])
+        return SimpleNamespace(start=lambda: None)
+
+    context = SimpleNamespace(Queue=queue.Queue, Process=process)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    Processes(cast("Any", None), 2)
+    assert started == [each, each]
+
+
 @pytest.mark.parametrize("launcher", ["processes", "ray"])
 def test_several_workers_give_the_same_results(launcher: str, tmp_path: Path, finished: tuple[Path, Compared]):
     _, whole = finished
     if launcher == "ray":
         pytest.importorskip("ray")
     arguments = ["--jobs", "2", *(["--launcher", "ray"] if launcher == "ray" else [])]
-    assert _process(tmp_path, *arguments).wait(timeout=300) == 0
+    process = _process(tmp_path, *arguments)
+    try:
+        assert process.wait(timeout=900) == 0
+    finally:
+        process.kill()
+        process.wait()
     results = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert _without_paths(timeless(results)) == _without_paths(timeless(whole.results))
 

@@ -113,9 +113,10 @@ class Here:
         self.runner.forget()
 
 
-def _work(runner: CellRunner, threads: int, tasks: Any, outcomes: Any, number: int) -> None:
+def _work(runner: CellRunner, threads: int | None, tasks: Any, outcomes: Any, number: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     while (cell := tasks.get()) is not None:
         try:
             outcomes.put((number, attempt(runner, cell)))
@@ -132,8 +133,8 @@ def _end_with_parent() -> None:
 
 
 class Processes:
-    """Several processes of this machine; its cores are dealt out among them. One that dies fails its cell and is
-    replaced."""
+    """Several processes of this machine. The threads that one would take are dealt out among them, unless
+    OMP_NUM_THREADS says how many each takes. One that dies fails its cell and is replaced."""
 
     def __init__(self, runner: CellRunner, count: int) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -147,7 +148,8 @@ class Processes:
             self._begin(number)
 
     def _begin(self, number: int) -> None:
-        threads = max(1, (os.cpu_count() or 1) // self.count)
+        # Whoever set OMP_NUM_THREADS has said how many each process takes; all processes inherit it.
+        threads = None if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() // self.count)
         self._tasks[number] = self._context.Queue()
         work = (self._runner, threads, self._tasks[number], self._outcomes, number)
         self._processes[number] = self._context.Process(target=_work, args=work, daemon=True)
@@ -189,7 +191,8 @@ class Processes:
 
 
 class RayWorkers:
-    """Actors of a Ray cluster, as many as it has places for; a new local one if none is running.
+    """Actors of the Ray cluster that RAY_ADDRESS names ("auto" finds one that runs here), as many as it has places for;
+    of a new local one without it.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -203,9 +206,11 @@ class RayWorkers:
         self._ray = ray
         self._ours = not ray.is_initialized()
         if self._ours:
-            address = os.environ.get("RAY_ADDRESS")
-            local = {} if address else {"num_cpus": max(count, os.cpu_count() or 1), "include_dashboard": False}
-            ray.init(address=address, log_to_driver=False, **local)
+            if address := os.environ.get("RAY_ADDRESS"):
+                ray.init(address=address, log_to_driver=False)
+            else:
+                places = max(count, os.cpu_count() or 1)
+                ray.init(address="local", num_cpus=places, include_dashboard=False, log_to_driver=False)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         # An actor that finds no place would be given a cell and never run it.
         places = ray.cluster_resources().get("GPU" if gpus else "CPU", 1)
