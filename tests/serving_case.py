@@ -105,6 +105,16 @@ def answers(model: ServedModel, asks: Sequence[Ask], *, places: int = 6, apart: 
     return asyncio.run(run())
 
 
+def idle(engine: Any, seconds: float = 20.0) -> bool:
+    """Whether nothing is written and nothing waits, within so long: a reply may be read before its place is cleared,
+    and a request that its client has left may still be handed over. So it must stay so for a moment."""
+    deadline, quiet = time.monotonic() + seconds, 0
+    while quiet < 5 and time.monotonic() < deadline:
+        quiet = quiet + 1 if engine.queue == (0, 0) else 0
+        time.sleep(0.01)
+    return quiet >= 5
+
+
 def app_of(
     model: ServedModel | None = None, *, keys: Keys | None = None, places: int = 8, queue: int = 16, **limits: Any
 ) -> tuple[Guard, TransformersEngine]:

@@ -222,18 +222,24 @@ def test_usage_errors_exit_with_two(capsys):
 
 
 def test_help_is_instant_and_imports_no_torch():
-    """Half a second of processor time: the wall clock would measure the machine's other work."""
-    script = "import sys; from loramix.cli.main import run; run(['--help']); print('torch' in sys.modules)"
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=True
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.stdout.strip().endswith("False")
-    assert min(seconds) < 0.5
+    """Processor time, as the wall clock would measure the machine's other work; beside what the libraries of any such
+    command line take, as machines differ (0.18 and 0.11 s where this was written)."""
+    ours = "import sys; from loramix.cli.main import run; run(['--help']); print('torch' in sys.modules)"
+    plain = "import typer, rich.console, rich.table, rich.panel, rich.markdown; print(False)"
+
+    def least(script: str) -> float:
+        seconds = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = subprocess.run(
+                [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=True
+            )
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            assert done.stdout.strip().endswith("False")
+        return min(seconds)
+
+    assert least(ours) < 4 * least(plain)
 
 
 def test_demo_never_replaces_another_run(project: Path, trained: Path, tmp_path: Path, monkeypatch, capsys):

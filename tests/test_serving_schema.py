@@ -41,7 +41,7 @@ def address() -> Iterator[str]:
     with serving_case.running(app) as found:
         yield found
         assert engine.alive
-        assert engine.queue == (0, 0)
+        assert serving_case.idle(engine)
 
 
 @pytest.mark.filterwarnings("ignore")  # schemathesis' own

@@ -90,10 +90,10 @@ def test_mutated_settings_are_read_or_refused(text: str, tmp_path_factory: pytes
     ids=lambda value: value[:24],
 )
 def test_a_hostile_text_is_refused_soon_in_a_line(text: str, said: str):
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(NotReadable, match=said) as refused:
         parse_yaml(text)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert "\n" not in str(refused.value)
     assert not Path("/tmp/loramix-canary").exists()
 
