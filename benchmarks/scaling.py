@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from step_cost import say
-from tensor_peak import tensor_peak
+from tensor_peak import MIB, tensor_peak
 from training_step import Point, TrainingStep, first_layers
 
 from loramix import load_base
@@ -54,7 +54,6 @@ TITLES = {
 AT_ONCE = 5
 """Points in memory at the same time, which take turns."""
 REFERENCE = Point(method="lora")
-MIB = 2**20
 
 
 def point(axis: str, value: int, method: str) -> Point:

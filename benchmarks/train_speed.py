@@ -63,8 +63,9 @@ def main() -> int:
     asked = arguments()
     quiet_libraries()
     with redirect_stdout(sys.stderr):  # stock trainers print there; what comes out is the report alone
-        many = {"max_length": asked.max_length, "batch": asked.batch}
-        work = prepared(asked.rows, **many, bf16=asked.bf16, dropout=asked.dropout)
+        work = prepared(
+            asked.rows, max_length=asked.max_length, batch=asked.batch, bf16=asked.bf16, dropout=asked.dropout
+        )
         loops = measured(work, runs(asked.sides, asked.loop_rows), asked.rounds)
     report = {
         "date": date.today().isoformat(),

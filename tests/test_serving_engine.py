@@ -20,7 +20,7 @@ from loramix.serving.text import TextStream
 from loramix.serving.transformers_engine import TransformersEngine
 from loramix.tuner.held import held_together, rows_held
 from tests import serving_case, tiny
-from tests.serving_case import GREEDY, answers, ask_for, served
+from tests.serving_case import GREEDY, answers, ask_for, idle, served
 from tests.test_architectures import ARCHS, base_of
 
 
@@ -229,15 +229,6 @@ def _engine_run(work: Any, model: Any = None, **settings: Any) -> Any:
     return asyncio.run(run())
 
 
-async def _idle(engine: TransformersEngine) -> None:
-    """Waits until the engine's thread has taken out what ended; not long."""
-    for _ in range(500):
-        if engine.queue == (0, 0):
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"places are not freed: {engine.queue}")
-
-
 LONG = Ask((5, 6, 7), replace(GREEDY, max_tokens=400), "red")
 
 
@@ -267,7 +258,7 @@ def test_who_leaves_frees_the_place_at_once():
         await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await _idle(engine)
+        assert await asyncio.to_thread(idle, engine)
         assert (await ask_for(engine, replace(LONG, sampling=GREEDY))).reasons == ["length"]
 
     _engine_run(work, places=2, queue=4)
@@ -356,7 +347,7 @@ def test_a_request_the_model_fails_on_takes_no_other_with_it(monkeypatch):
         for got, tokens in ((first, 60), (good, GREEDY.max_tokens), (alone, GREEDY.max_tokens)):
             assert not isinstance(got, BaseException), got
             assert len(got.tokens[0]) == tokens
-        await _idle(engine)
+        assert await asyncio.to_thread(idle, engine)
 
     _engine_run(work, model, places=6, queue=6)
     assert max(gate.sizes) > 1, "prompts that fail were read together with others"
@@ -381,7 +372,7 @@ def test_a_request_that_fails_while_it_begins_takes_no_other_with_it(monkeypatch
         first, short, failed, long = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(failed, EngineError)
         assert [len(one.tokens[0]) for one in (first, short, long)] == [60, 5, 9]
-        await _idle(engine)
+        assert await asyncio.to_thread(idle, engine)
 
     _engine_run(work, model, places=6, queue=6)
     assert gate.sizes == [1, 3]
@@ -418,7 +409,7 @@ def test_no_memory_for_a_longer_cache_fails_all_rows_and_the_next_begin_anew(mon
             with pytest.raises(EngineError, match="failed on this request"):
                 async for _ in running:
                     pass
-        await _idle(engine)
+        assert await asyncio.to_thread(idle, engine)
         assert (await ask_for(engine, Ask((5, 6, 7), GREEDY, "red"))).tokens == wanted.tokens
 
     _engine_run(work, model, places=4, queue=4)

@@ -209,8 +209,8 @@ class RayWorkers:
             if address := os.environ.get("RAY_ADDRESS"):
                 ray.init(address=address, log_to_driver=False)
             else:
-                places = max(count, os.cpu_count() or 1)
-                ray.init(address="local", num_cpus=places, include_dashboard=False, log_to_driver=False)
+                cores = max(count, os.cpu_count() or 1)
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         # An actor that finds no place would be given a cell and never run it.
         places = ray.cluster_resources().get("GPU" if gpus else "CPU", 1)
